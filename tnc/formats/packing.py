@@ -1,0 +1,66 @@
+"""Bit packing: small unsigned codes to bytes along the last axis, and exactly back.
+
+Eight codes of ``bits`` bits fill ``bits`` bytes, least significant code first; a row is padded with
+zero codes to a whole number of bytes. 8-bit codes are stored as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tnc.errors import FormatError
+
+
+def packed_length(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack integer codes of ``bits`` bits into bytes along the last axis.
+
+    Args:
+        codes: (..., count) integers in ``[0, 2**bits)``.
+        bits: 1 to 8.
+
+    Returns:
+        (..., ceil(count * bits / 8)) uint8.
+
+    Raises:
+        FormatError: if a code does not fit, or ``bits`` is not 1 to 8.
+    """
+    _check_bits(bits)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+        raise FormatError(
+            f"pack(bits={bits}) got codes in [{int(codes.min())}, {int(codes.max())}]; "
+            f"expected 0 <= code < {2**bits}. Clamp the codes or use more bits."
+        )
+    if bits == 8:
+        return codes.to(torch.uint8)
+    *batch, count = codes.shape
+    groups = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % 8)).reshape(*batch, -1, 8)
+    word = (groups << _shifts(8, bits, codes.device)).sum(-1, keepdim=True)  # (..., count / 8, 1), 8 * bits bits
+    packed = (word >> _shifts(bits, 8, codes.device)) & 0xFF  # (..., count / 8, bits)
+    return packed.reshape(*batch, -1)[..., : packed_length(count, bits)].to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack`: (..., bytes) uint8 to (..., count) uint8 codes."""
+    _check_bits(bits)
+    if bits == 8:
+        return packed
+    *batch, length = packed.shape
+    groups = torch.nn.functional.pad(packed.to(torch.int64), (0, -length % bits)).reshape(*batch, -1, bits)
+    word = (groups << _shifts(bits, 8, packed.device)).sum(-1, keepdim=True)
+    codes = (word >> _shifts(8, bits, packed.device)) & (2**bits - 1)
+    return codes.reshape(*batch, -1)[..., :count].to(torch.uint8)
+
+
+def _shifts(count: int, step: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.int64) * step
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise FormatError(f"bits={bits} cannot be packed; expected 1 to 8 bits a code.")

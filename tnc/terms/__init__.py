@@ -1,0 +1,13 @@
+"""The operator algebra: leaf terms, `Sum` and `Product`."""
+
+from tnc.terms.base import Expression, Spec, cast, dense64, from_spec, kinds, map_tensors, register
+from tnc.terms.combine import Product, Sum
+from tnc.terms.dense import Dense
+from tnc.terms.diagonal import Diagonal
+from tnc.terms.low_rank import LowRank
+from tnc.terms.quantized import Quantized
+
+__all__ = [
+    "Dense", "Diagonal", "Expression", "LowRank", "Product", "Quantized", "Spec", "Sum",
+    "cast", "dense64", "from_spec", "kinds", "map_tensors", "register",
+]  # fmt: skip
