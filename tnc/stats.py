@@ -43,8 +43,15 @@ class Moments:
 
     @cached_property
     def rank(self) -> int:
-        """Numerical rank of ``second`` by pivoted Cholesky (tolerance n eps max diag); n³/3 flops, once."""
-        _, _, rank, _ = lapack.dpstrf(self.second.double().cpu().numpy(), lower=1)
+        """Numerical rank of ``second`` by pivoted Cholesky; n³/3 flops, once.
+
+        Pivots below ``eps(float32) max(diagonal)``, the noise of the float32 products, count as zero.
+        """
+        largest = float(self.diagonal.max()) if self.features else 0.0
+        if largest <= 0:
+            return 0
+        tolerance = torch.finfo(torch.float32).eps * largest
+        _, _, rank, _ = lapack.dpstrf(self.second.double().cpu().numpy(), tol=tolerance, lower=1)
         return int(rank)
 
     def merge(self, other: Moments) -> Moments:

@@ -1,0 +1,1 @@
+"""Benchmarks: speed (`benchmarks.run`), quality (`benchmarks.quality`) and memory (`benchmarks.memory`)."""

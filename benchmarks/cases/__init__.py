@@ -1,0 +1,5 @@
+"""The timed cases; importing this package registers them."""
+
+from benchmarks.cases import compensate, forward
+
+__all__ = ["compensate", "forward"]

@@ -1,0 +1,50 @@
+"""One layer forward on this device: dense, rebuilt (`reference`), contracted (`einsum`)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Problem, case
+from tnc import FactoredLinear, IntFormat, LowRank, Sum, rtn
+
+
+def _build(tokens: int, size: int = 2048, rank: int = 64) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator) * size**-0.5
+    x = torch.randn(tokens, size, generator=generator)
+    factors = LowRank(torch.randn(size, rank, generator=generator), torch.randn(rank, size, generator=generator) / size)
+    operator = Sum((rtn(weight, IntFormat(4, group_size=64)), factors))
+    expected = x.double() @ operator.to_dense().double().T
+    dense = torch.nn.Linear(size, size, bias=False)
+    dense.weight.data.copy_(operator.to_dense())
+    modules = {name: FactoredLinear(operator, backend=name) for name in ("reference", "einsum")}
+    with torch.no_grad():
+        ways = {"dense nn.Linear": partial(_run, dense, x)}
+        ways |= {f"int4 + rank {rank}, {name}": partial(_run, module, x) for name, module in modules.items()}
+    return Problem(
+        ways=ways,
+        errors=lambda y: {"relative error": float((y - expected).norm() / expected.norm())},
+        limit={"relative error": 1e-5},
+        repeats=9,
+    )
+
+
+def _run(module: torch.nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = module(x)
+    return y
+
+
+@case("forward-1", "2048×2048 int4 + rank 64, 1 token, float32")
+def forward_1() -> Problem:
+    """Decode."""
+    return _build(1)
+
+
+@case("forward-256", "2048×2048 int4 + rank 64, 256 tokens, float32")
+def forward_256() -> Problem:
+    """Prefill."""
+    return _build(256)

@@ -1,0 +1,117 @@
+"""Quality of many recipes on one model: bits, errors, predicted nats, measured KL and perplexity.
+
+    python -m benchmarks.quality MODEL --calib TEXT --text TEXT --out results/quality.json
+
+Statistics are computed once, every variant is compressed from them, and all variants are scored together
+with the dense model on the same windows. The last lines compare predicted with measured nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+
+from benchmarks.run import machine
+from tnc import BitsPerWeight, ModelReport, Recipe, calibrate, compress, recipe
+from tnc.models.evaluate import evaluate_many
+from tnc.models.hf import load_model, load_tokenizer
+from tnc.models.text import calibration_batches, read_text, token_windows
+
+
+def variants(group_size: int) -> list[Recipe]:
+    """Quantized, quantized + low rank, and low rank at 80 and 60 % of the parameters."""
+    found = []
+    for bits in (2, 3, 4):
+        base = {"bits": bits, "group_size": group_size}
+        found += [recipe("rtn", **base), recipe("gptq", **base)]
+        found += [recipe(name, **base, rank=rank) for rank in (8, 16, 32) for name in ("eora", "qlr_fisher")]
+        found += [recipe(name, **base, rank=16) for name in ("lorc", "lqer", "qera")]
+    for share in (0.8, 0.6):
+        size = BitsPerWeight(16 * share)
+        found += [recipe(n, rank=size) for n in ("svd", "asvd", "svd_llm", "svd_fisher", "svd_pooled")]
+    return found
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rows of all variants on one model."""
+    device = torch.device(arguments.device)
+    model, tokenizer = load_model(arguments.model, device=device), load_tokenizer(arguments.model)
+    batches = calibration_batches(
+        tokenizer, read_text(arguments.calib), context=arguments.context, sequences=arguments.sequences,
+        seed=arguments.seed,
+    )  # fmt: skip
+    batches = [batch.to(device) for batch in batches]
+    start = time.perf_counter()
+    stats = calibrate(model, batches, seed=arguments.seed)
+    print(f"calibration: {time.perf_counter() - start:.1f} s", flush=True)
+    windows = list(token_windows(tokenizer, read_text(arguments.text), arguments.context))[: arguments.windows]
+    chosen = variants(arguments.group_size)
+    rows = []
+    for at in range(0, len(chosen), arguments.together):
+        group = {each.describe(): each for each in chosen[at : at + arguments.together]}
+        small = {name: compress(model, each, stats=stats, dtype=torch.float16) for name, each in group.items()}
+        scores = evaluate_many(small, windows, reference=model)
+        for name, each in group.items():
+            fields = ModelReport.of(small[name]).to_json()
+            fields.pop("layers")
+            rows.append({"name": each.name, **fields, **scores[name].to_json(), "options": str(each.options)})
+            _print(rows[-1])
+    dense = evaluate_many({"dense": model}, windows)["dense"].to_json()
+    print(f"dense: perplexity {dense['perplexity']:.3f} on {dense['tokens']} tokens")
+    return {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "dense": dense,
+            "rows": rows, "prediction": _prediction(rows)}  # fmt: skip
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(
+        f"{row['recipe']:<58} {row['bits_per_weight']:6.3f} b  err {row['relative_error']:.4f} held {row['heldout_relative_error']:.4f}"
+        f"  bound {row['lower_bound']:.4f}  nats {row['predicted_nats']:.4f}  KL {row['kl']:.4f}±{row['kl_error']:.4f}"
+        f"  Δloss {row['delta_nats']:+.4f}±{row['delta_nats_error']:.4f}  ppl {row['perplexity']:.2f}  {row['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def _prediction(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlation of predicted nats with measured KL and loss; ratio KL / predicted by size of the prediction."""
+    nats, kl, loss = ([row[key] for row in rows] for key in ("predicted_nats", "kl", "delta_nats"))
+    found: dict[str, Any] = {
+        "variants": len(rows), "spearman_kl": float(spearmanr(nats, kl).statistic),
+        "spearman_loss": float(spearmanr(nats, loss).statistic),
+        "spearman_kl_of_h_error": float(spearmanr([r["heldout_relative_error"] for r in rows], kl).statistic),
+    }  # fmt: skip
+    for low, high in ((0, 0.05), (0.05, 0.2), (0.2, 0.5), (0.5, 100)):
+        ratios = sorted(b / a for a, b in zip(nats, kl, strict=True) if low <= a < high)
+        if ratios:
+            found[f"KL/predicted in [{low}, {high})"] = [len(ratios), ratios[0], ratios[len(ratios) // 2], ratios[-1]]
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def main() -> None:
+    """Parse the arguments, run, and write the rows as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--together", type=int, default=8, help="models held in memory at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("results/quality.json"))
+    arguments = parser.parse_args()
+    result = run(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""``tnc compress``: a model folder and a text in, a self-contained checkpoint folder out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnc.checkpoint import check_output_folder, save_checkpoint
+from tnc.cli import console
+from tnc.cli.sources import context_of, open_model, open_text, resolve_device
+from tnc.decompose import BitsPerWeight, Recipe, RelativeError, Size, recipe
+from tnc.errors import RecipeError
+from tnc.models.calibrate import calibrate
+from tnc.models.compress import compress
+from tnc.models.evaluate import model_bytes
+from tnc.models.layers import select_layers, weight_of
+from tnc.models.report import ModelReport
+from tnc.models.text import calibration_batches
+from tnc.stats import LayerStats
+from tnc.stats_file import load_stats, save_stats
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What the user asked for; see ``tnc compress --help``."""
+
+    model: str
+    recipe: str
+    out: Path
+    calib: str | None
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    rank: int | None
+    error: float | None
+    bpw: float | None
+    stats: Path | None
+    sequences: int
+    context: int | None
+    fisher: bool
+    sequential: bool
+    include: list[str] | None
+    exclude: list[str] | None
+    seed: int
+    device: str
+
+
+def run_compress(options: CompressOptions, *, as_json: bool) -> None:
+    """Compress, save and report."""
+    start = time.perf_counter()
+    chosen = _recipe(options)
+    check_output_folder(options.out)
+    device = resolve_device(options.device)
+    model, tokenizer = open_model(options.model, device=device)
+    stored = _stored_dtype(model)
+    model = model.float()
+    with console.progress_bars() as progress:
+        data = _data(options, model, tokenizer, progress)
+        small = compress(
+            model, chosen, **data, fisher=options.fisher, sequential=options.sequential, include=options.include,
+            exclude=options.exclude, dtype=stored, seed=options.seed, inplace=True, progress=progress,
+        )  # fmt: skip
+    small = small.to(stored)  # what was not factored goes back to the dtype it came in
+    report = ModelReport.of(small)
+    path = save_checkpoint(
+        small, options.out, base=options.model, recipe=chosen.describe(), reports=report.layers, tokenizer=tokenizer
+    )
+    seconds = time.perf_counter() - start
+    result = {"out": str(path), "model_bytes": model_bytes(small), **report.to_json(), "seconds": seconds}
+    if as_json:
+        console.print_json(result)
+    else:
+        _print(result)
+
+
+def _recipe(options: CompressOptions) -> Recipe:
+    sizes: list[Size] = []
+    if options.rank is not None:
+        sizes.append(options.rank)
+    if options.error is not None:
+        sizes.append(RelativeError(options.error))
+    if options.bpw is not None:
+        sizes.append(BitsPerWeight(options.bpw))
+    if len(sizes) > 1:
+        raise RecipeError(f"--rank, --error and --bpw exclude each other; got {len(sizes)} of them. Keep one.")
+    return recipe(
+        options.recipe, bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
+        rank=sizes[0] if sizes else None,
+    )  # fmt: skip
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype of the model's linear layers in its file."""
+    return weight_of(next(iter(select_layers(model).values()))).dtype
+
+
+def _data(options: CompressOptions, model: nn.Module, tokenizer: Any, progress: console.Report) -> dict[str, Any]:  # noqa: ANN401
+    """``stats`` or ``batches`` for `compress`; neither without calibration text."""
+    if options.stats is not None and options.stats.exists():
+        return {"stats": load_stats(options.stats)}
+    if options.calib is None:
+        return {}
+    context = context_of(model) if options.context is None else options.context
+    batches = calibration_batches(
+        tokenizer, open_text(options.calib, "calibration"), context=context,
+        sequences=_available(options, tokenizer, context), seed=options.seed,
+    )  # fmt: skip
+    if options.stats is None:
+        return {"batches": batches}
+    return {"stats": _calibrated(options, model, batches, progress)}
+
+
+def _available(options: CompressOptions, tokenizer: Any, context: int) -> int | None:  # noqa: ANN401
+    """The number of sequences asked for, or ``None`` (all) where the text has fewer."""
+    text = open_text(options.calib or "", "calibration")
+    full = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // context
+    if full >= options.sequences:
+        return options.sequences
+    console.note(f"calibration text has {full} full windows of {context} tokens, fewer than {options.sequences}: all are used.")
+    return None
+
+
+def _calibrated(
+    options: CompressOptions, model: nn.Module, batches: list[torch.Tensor], progress: console.Report
+) -> dict[str, LayerStats]:
+    assert options.stats is not None
+    stats = calibrate(
+        model, batches, fisher=options.fisher, include=options.include, exclude=options.exclude, seed=options.seed,
+        progress=progress,
+    )  # fmt: skip
+    save_stats(stats, options.stats)
+    return stats
+
+
+def _print(result: dict[str, Any]) -> None:
+    console.say(f"{result['out']}: {result['recipe']}")
+    rows = [
+        ("bits per weight (compressed layers)", console.fixed(result["bits_per_weight"], 3)),
+        ("bytes of the compressed layers", f"{result['weight_bytes']:,}"),
+        ("bytes of the whole model", f"{result['model_bytes']:,}"),
+        ("relative output error, calibration tokens", console.fixed(result["relative_error"], 4)),
+        ("relative output error, held-out tokens", console.fixed(result["heldout_relative_error"], 4)),
+        ("no such form does better than", console.fixed(result["lower_bound"], 4)),
+        ("predicted KL to the dense model, nats", console.fixed(result["predicted_nats"], 4)),
+        ("layers", str(len(result["layers"]))),
+        ("layers with fallbacks", str(sum(bool(layer["fallbacks"]) for layer in result["layers"].values()))),
+        ("seconds", console.fixed(result["seconds"], 1)),
+    ]
+    console.print_table("Compressed", ("mean over layers, as stored", "value"), rows)
+    for name, layer in result["layers"].items():
+        for fallback in layer["fallbacks"]:
+            console.say(f"  {name}: {fallback}")

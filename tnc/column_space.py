@@ -1,0 +1,190 @@
+"""The optimal column space of a matrix in the metric ``G ⊗ H``, without inverting or damping either.
+
+``min over rank(C) <= k of tr((D-C)ᵀ G (D-C) H)`` is attained by ``C = Z (Zᵀ G D)`` with ``Z`` the top-k
+G-orthonormal eigenvectors of ``D H Dᵀ G``; its squared error is the tail of the eigenvalues (MATH.md
+section 1, the generalised Eckart–Young theorem). `Exact` uses one symmetric eigenproblem of the smaller
+side; `Subspace` uses matrix products only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.linalg import eigh as partial_eigh
+from torch import Tensor
+
+from tnc.metric import Metric, root
+
+# Below this size of the smaller side the whole eigenproblem takes less than a second on one core.
+_EXACT_LIMIT = 1024
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Dense symmetric eigenproblem of the smaller side in float64: exact also for singular G and H."""
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Block subspace iteration (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.4).
+
+    Attributes:
+        steps: applications of ``D H Dᵀ G`` after the first sketch ``D H Ω``.
+        oversample: extra columns beyond the rank.
+        seed: seed of the Gaussian ``Ω``.
+    """
+
+    steps: int = 2
+    oversample: int = 32
+    seed: int = 0
+
+
+Solver = Exact | Subspace
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnSpace:
+    """A G-orthonormal basis ``left`` of at most ``rank`` columns and the best right factor for it.
+
+    Attributes:
+        left: Z (m, r), ``Zᵀ G Z = I``; r may be less than the rank asked when the spectrum ends before.
+        right: ``Zᵀ G D`` (r, n).
+        captured: (r,) squared singular values taken out of ``tr(Dᵀ G D H)``, float64, descending.
+    """
+
+    left: Tensor
+    right: Tensor
+    captured: Tensor
+
+
+def column_space(matrix: Tensor, rank: int, metric: Metric, solver: Solver | None = None) -> ColumnSpace:
+    """Optimal column space of ``matrix`` (m, n) for ``rank``; the solver is chosen by size unless named.
+
+    Cost: `Exact` O(m n min(m, n) + m² n + m n²) float64; `Subspace` ``2 (2 m n + n² + m²)(k + p)`` flops a
+    step in float32 (float64 for float64 input when the metric has singular sides is not needed).
+    """
+    chosen = choose_solver((matrix.shape[0], matrix.shape[1]), rank) if solver is None else solver
+    if rank == 0 or 0 in matrix.shape:
+        return _empty(matrix)
+    if isinstance(chosen, Exact):
+        return _exact(matrix.double(), rank, metric)
+    return _subspace(matrix, rank, metric, chosen)
+
+
+def choose_solver(shape: tuple[int, int], rank: int) -> Solver:
+    """`Exact` where the smaller side is at most 1024 or the rank is over an eighth of it, else `Subspace`."""
+    small = min(shape)
+    return Exact() if small <= _EXACT_LIMIT or 8 * rank > small else Subspace()
+
+
+def spectrum(matrix: Tensor, metric: Metric) -> Tensor:
+    """Singular values of ``G^½ matrix H^½``, descending, (min(m, n),) float64: the exact error curve.
+
+    The error after the best rank-k term is ``sqrt(sum(spectrum[k:]**2))``.
+
+    Cost: O(min(m, n)³ + m n (m + n)) in float64.
+    """
+    gram, _ = _small_gram(matrix.double(), metric)
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+
+
+def _small_gram(matrix: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
+    """The Gram matrix of ``S_Gᵀ D S_H`` on its smaller side, and the root used on that side."""
+    rows, columns = matrix.shape
+    if rows <= columns:
+        side = root(metric.gradient)
+        return _congruence(side, metric.times_hessian(matrix) @ matrix.T), side
+    side = root(metric.hessian)
+    return _congruence(side, matrix.T @ metric.times_gradient(matrix)), side
+
+
+def _congruence(side: Tensor | None, gram: Tensor) -> Tensor:
+    """``Sᵀ gram S``, symmetrised."""
+    if side is not None:
+        side = side.to(gram.device)
+        gram = side.unsqueeze(1) * gram * side if side.ndim == 1 else side.T @ gram @ side
+    return (gram + gram.T) / 2
+
+
+def _exact(matrix: Tensor, rank: int, metric: Metric) -> ColumnSpace:
+    gram, side = _small_gram(matrix, metric)
+    values, vectors = _top_eigenpairs(gram, rank)
+    on_input_side = matrix.shape[0] > matrix.shape[1]
+    if on_input_side:  # right singular vectors V: Z = D S_H V / σ
+        lifted = _times_root(matrix, side) @ vectors
+        left = lifted / values.sqrt()
+        return ColumnSpace(left, left.T @ metric.times_gradient(matrix), values)
+    if side is None:  # left singular vectors are Z itself
+        return ColumnSpace(vectors, vectors.T @ matrix, values)
+    # left singular vectors U = S_Gᵀ Z: the right factor needs no inverse, and Z = D H rightᵀ / σ²
+    right = _times_root(vectors.T, side, transpose=True) @ matrix
+    return ColumnSpace(metric.times_hessian(matrix) @ right.T / values, right, values)
+
+
+def _times_root(matrix: Tensor, side: Tensor | None, *, transpose: bool = False) -> Tensor:
+    """``matrix @ S`` or ``matrix @ Sᵀ``."""
+    if side is None:
+        return matrix
+    if side.ndim == 1:
+        return matrix * side
+    return matrix @ (side.T if transpose else side)
+
+
+def _top_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Largest ``rank`` eigenpairs, descending, without those that are rounding noise."""
+    size = gram.shape[0]
+    rank = min(rank, size)
+    if gram.device.type == "cpu" and 4 * rank < size:  # only the wanted vectors are formed
+        found = partial_eigh(gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr")
+        values, vectors = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values[size - rank :], vectors[:, size - rank :]
+    values, vectors = values.flip(0), vectors.flip(1)
+    floor = size * torch.finfo(values.dtype).eps * values[:1].clamp_min(0)
+    keep = values > floor
+    return values[keep], vectors[:, keep]
+
+
+def _subspace(matrix: Tensor, rank: int, metric: Metric, solver: Subspace) -> ColumnSpace:
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+    metric = metric.to(matrix.dtype, matrix.device)
+    width = min(rank + solver.oversample, *matrix.shape)
+    generator = torch.Generator().manual_seed(solver.seed)
+    sketch = torch.randn(width, matrix.shape[1], generator=generator).to(matrix)
+    basis = _orthonormal(matrix @ metric.times_hessian(sketch).T, metric)
+    for _ in range(solver.steps):
+        right = metric.times_gradient(basis).T @ matrix
+        basis = _orthonormal(matrix @ metric.times_hessian(right).T, metric)
+    right = metric.times_gradient(basis).T @ matrix  # (width, n)
+    gram = (metric.times_hessian(right) @ right.T).double()
+    values, vectors = _top_eigenpairs((gram + gram.T) / 2, rank)
+    rotation = vectors.to(matrix.dtype)
+    return ColumnSpace(basis @ rotation, rotation.T @ right, values)
+
+
+def _orthonormal(columns: Tensor, metric: Metric) -> Tensor:
+    """G-orthonormal basis of the column space; directions lost in rounding are dropped.
+
+    Twice ``Y (Yᵀ G Y)^{-½}`` on unit columns with the small Gram matrix in float64 (shifted CholeskyQR's
+    idea, Fukaya et al. 2020, with a rank-revealing eigendecomposition in place of the shift).
+    """
+    if metric.gradient is None:
+        return torch.linalg.qr(columns / _scale(columns)).Q
+    for _ in range(2):
+        columns = columns / _scale(columns)
+        gram = (columns.double().T @ metric.times_gradient(columns).double()).cpu()
+        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        keep = values > torch.finfo(columns.dtype).eps * values[-1].clamp_min(0)
+        columns = columns @ (vectors[:, keep] / values[keep].sqrt()).to(columns)
+    return columns
+
+
+def _scale(columns: Tensor) -> Tensor:
+    return columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+
+
+def _empty(matrix: Tensor) -> ColumnSpace:
+    wide = matrix.double()
+    return ColumnSpace(wide[:, :0], wide[:0, :], wide.new_zeros(0))

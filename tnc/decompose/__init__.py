@@ -1,0 +1,14 @@
+"""Decompositions: low-rank closed forms, stages, the engine, recipes and reports."""
+
+from tnc.decompose.engine import Decomposition, decompose
+from tnc.decompose.low_rank import compensate, truncated_svd
+from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe
+from tnc.decompose.report import LayerReport, measure
+from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
+from tnc.decompose.stages import DenseStage, Fitted, LowRankStage, QuantizeStage, Stage, Target
+
+__all__ = [
+    "RECIPES", "BitsPerWeight", "Decomposition", "DenseStage", "Fitted", "LayerReport", "LowRankStage",
+    "QuantizeStage", "Rank", "Recipe", "RecipeEntry", "RelativeError", "Size", "Stage", "Target", "compensate",
+    "decompose", "measure", "recipe", "register_recipe", "truncated_svd",
+]  # fmt: skip

@@ -1,0 +1,52 @@
+"""Certified lower bounds: how small the error of a form and size can be at all.
+
+For ``base + low rank`` the bound is the Eckart–Young tail of the residual of that base; for a quantized
+matrix it holds for every assignment of codes on that grid (`tnc.quant.grid_lower_bound`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tnc.column_space import spectrum
+from tnc.metric import Metric
+from tnc.quant import grid_lower_bound
+from tnc.terms import Expression, LowRank, Quantized, Sum, dense64
+
+# The exact spectrum of a wider layer (smaller side) takes minutes; its bound is left at 0 with a note.
+SPECTRUM_LIMIT = 8192
+
+
+def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[float, str | None]:
+    """Smallest error, in ``metric``, of any operator of the same form and size on the same base or grid.
+
+    Args:
+        weight: (out_features, in_features).
+        operator: a leaf, or a sum of a base and one low-rank term.
+        metric: input-side metric in which the error is reported.
+
+    Returns:
+        The bound (absolute, not squared) and a note where no bound better than 0 was computed.
+
+    Cost: an eigenproblem of the smaller side (low rank) or of H (quantized).
+    """
+    low_rank, rest = _split(operator)
+    if low_rank is not None:
+        if min(weight.shape) > SPECTRUM_LIMIT:
+            return 0.0, f"lower bound not computed: smaller side above {SPECTRUM_LIMIT}"
+        residual = weight.double() - sum(dense64(t) for t in rest)
+        return float(spectrum(residual, metric)[low_rank.rank :].norm()), None
+    if isinstance(operator, Quantized):
+        hessian = torch.eye(weight.shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian
+        return grid_lower_bound(weight, operator, hessian) ** 0.5, None
+    return 0.0, None
+
+
+def _split(operator: Expression) -> tuple[LowRank | None, tuple[Expression, ...]]:
+    """The one low-rank term of an operator and the other terms; (None, ()) if there is not exactly one."""
+    terms = operator.terms if isinstance(operator, Sum) else (operator,)
+    found = [t for t in terms if isinstance(t, LowRank)]
+    if len(found) != 1:
+        return None, ()
+    return found[0], tuple(t for t in terms if t is not found[0])

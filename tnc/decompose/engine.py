@@ -1,0 +1,89 @@
+"""The engine: block-coordinate descent over stages, best sweep kept.
+
+``term_k <- stage_k.fit(W - sum of the other terms)`` for each stage in turn, for a number of sweeps. LoftQ
+(arXiv:2310.08659) and CALDERA (arXiv:2405.18886) are two stages and several sweeps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnc.decompose.report import LayerReport, measure
+from tnc.decompose.stages import Fitted, Stage, Target
+from tnc.errors import RecipeError, check_matrix
+from tnc.metric import Metric
+from tnc.stats import LayerStats
+from tnc.terms import Expression, Sum, dense64
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """An operator that stands for a weight, and the report of what it cost."""
+
+    operator: Expression
+    report: LayerReport
+
+
+def decompose(
+    weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None = None, *, sweeps: int = 1
+) -> Decomposition:
+    """Factor ``weight`` into the sum of one term a stage.
+
+    Args:
+        weight: (out_features, in_features), any float dtype; not changed, not aliased.
+        stages: at least one; fitted in this order.
+        stats: calibration statistics of the layer; without them errors are in the Frobenius norm.
+        sweeps: rounds over the stages; the round with the smallest error in ``G ⊗ H`` (``H`` without
+            gradients) as stored is kept.
+
+    Returns:
+        The operator (a `Sum`, or the single term) and its report.
+
+    Raises:
+        RecipeError: without stages or with ``sweeps < 1``.
+        NonFiniteError, ShapeError, StatsError, RankError, FormatError, BudgetError: as the stages say.
+    """
+    check_matrix(weight, "weight")
+    if not stages or sweeps < 1:
+        raise RecipeError(f"decompose got {len(stages)} stages and sweeps={sweeps}; expected at least one of each.")
+    if stats is not None:
+        stats.check_weight(weight)
+    start = time.perf_counter()
+    fitted = _descend(weight, stages, stats, sweeps)
+    operator = fitted[0].term if len(fitted) == 1 else Sum(tuple(f.term for f in fitted))
+    report = measure(
+        weight, operator, stats,
+        damping=max((f.damping for f in fitted if f.damping is not None), default=None),
+        fallbacks=tuple(note for f in fitted for note in f.fallbacks),
+        guaranteed_error=fitted[-1].guaranteed_error,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+    return Decomposition(operator, report)
+
+
+def _descend(weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None, sweeps: int) -> list[Fitted]:
+    metric = Metric() if stats is None else Metric.auto(stats)
+    dense = weight.double()
+    current: list[Fitted | None] = [None] * len(stages)
+    values = [torch.zeros((), dtype=torch.float64)] * len(stages)  # each term as stored, densely
+    best: tuple[float, list[Fitted]] | None = None
+    for _ in range(sweeps):
+        for k, stage in enumerate(stages):
+            others = [i for i in range(len(stages)) if i != k]
+            residual = dense - sum(values[i] for i in others)
+            spent = sum(f.term.storage_bits for i in others if (f := current[i]) is not None)
+            current[k] = stage.fit(Target(residual, weight, stats, spent))
+            values[k] = dense64(current[k].term)  # type: ignore[union-attr]
+        complete = [f for f in current if f is not None]
+        if sweeps == 1:
+            return complete
+        error = metric.norm(dense - sum(values))
+        if best is None or error < best[0]:
+            best = (error, complete)
+    assert best is not None
+    return best[1]

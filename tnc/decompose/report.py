@@ -1,0 +1,125 @@
+"""What a decomposition cost: errors of the tensors as stored, what theory guarantees, what no one can beat."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnc.decompose.certificate import lower_bound
+from tnc.metric import Metric
+from tnc.stats import LayerStats
+from tnc.terms import Expression, LowRank, Quantized, Sum, dense64
+
+# Norms of layers up to this width are taken in float64; wider ones in float32 products with a float64 sum.
+_DOUBLE_LIMIT = 2048
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The certificate of one layer. Errors are relative, not squared, ``norm_H(W - Ŵ) / norm_H(W)``.
+
+    Attributes:
+        shape: (out_features, in_features).
+        bits_per_weight: all stored bits over ``out * in``.
+        storage_bits: all stored bits.
+        bits: bits of the quantized base's codes, or ``None``.
+        rank: rank of the low-rank term, or ``None``.
+        relative_error: in H of the calibration tokens (Frobenius where there were none).
+        heldout_relative_error: in H of the held-out tokens, or ``None``.
+        predicted_nats: ``½ tr(Eᵀ G E H)`` in nats per token on the held-out tokens' H where there is one,
+            else on the calibration tokens'; ``None`` without gradients.
+        guaranteed_error: upper bound on ``relative_error`` known before measuring (exact tail of the
+            low-rank problem, without storage rounding), or ``None``.
+        lower_bound: no term of this form and size, on this base or grid, has a smaller relative error.
+        hessian_rank: numerical rank of H, or ``None``.
+        tokens: calibration tokens.
+        damping: the multiple of ``mean(diag H)`` added inside GPTQ, or ``None``; the low-rank path has none.
+        fallbacks: everything that was done otherwise than asked.
+        seconds: wall time of the decomposition.
+    """
+
+    shape: tuple[int, int]
+    bits_per_weight: float
+    storage_bits: int
+    bits: int | None
+    rank: int | None
+    relative_error: float
+    heldout_relative_error: float | None
+    predicted_nats: float | None
+    guaranteed_error: float | None
+    lower_bound: float
+    hessian_rank: int | None
+    tokens: int
+    damping: float | None
+    fallbacks: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return {**asdict(self), "shape": list(self.shape), "fallbacks": list(self.fallbacks)}
+
+
+def measure(
+    weight: Tensor, operator: Expression, stats: LayerStats | None, *, damping: float | None = None,
+    fallbacks: tuple[str, ...] = (), guaranteed_error: float | None = None, seconds: float = 0.0,
+) -> LayerReport:  # fmt: skip
+    """Measure an operator, as stored, against the weight it stands for.
+
+    Cost: up to three products ``E H`` and one ``G E``, and the certificate's eigenproblem of the smaller side.
+    """
+    dtype = torch.float64 if max(weight.shape) <= _DOUBLE_LIMIT else torch.float32
+    reference = weight.double()
+    error = (reference - dense64(operator)).to(dtype)
+    reference = reference.to(dtype)
+    metric = Metric() if stats is None else Metric.full(stats)
+    bound, note = lower_bound(weight, operator, metric)
+    norm = metric.norm(reference)
+    return LayerReport(
+        shape=(weight.shape[0], weight.shape[1]),
+        bits_per_weight=operator.storage_bits / weight.numel(),
+        storage_bits=operator.storage_bits,
+        bits=_bits_of(operator),
+        rank=_rank_of(operator),
+        relative_error=metric.relative(error, reference),
+        heldout_relative_error=_heldout_error(error, reference, stats),
+        predicted_nats=predicted_nats(error, stats),
+        guaranteed_error=guaranteed_error,
+        lower_bound=bound / norm if norm > 0 else 0.0,
+        hessian_rank=None if stats is None else stats.inputs.rank,
+        tokens=0 if stats is None else stats.tokens,
+        damping=damping,
+        fallbacks=fallbacks + ((note,) if note else ()),
+        seconds=seconds,
+    )
+
+
+def predicted_nats(error: Tensor, stats: LayerStats | None) -> float | None:
+    """``½ tr(Eᵀ G E H)`` in nats per token, H of the held-out tokens where there are any; ``None`` without G."""
+    if stats is None or stats.gradient is None:
+        return None
+    inputs = stats.inputs if stats.heldout is None else stats.heldout
+    return Metric(inputs.second, stats.gradient.second).nats(error)
+
+
+def _heldout_error(error: Tensor, weight: Tensor, stats: LayerStats | None) -> float | None:
+    if stats is None or stats.heldout is None:
+        return None
+    return Metric(stats.heldout.second).relative(error, weight)
+
+
+def leaves(operator: Expression) -> tuple[Expression, ...]:
+    """The terms of a sum, or the expression itself."""
+    return operator.terms if isinstance(operator, Sum) else (operator,)
+
+
+def _rank_of(operator: Expression) -> int | None:
+    ranks = [t.rank for t in leaves(operator) if isinstance(t, LowRank)]
+    return sum(ranks) if ranks else None
+
+
+def _bits_of(operator: Expression) -> int | None:
+    bits = [t.format.bits for t in leaves(operator) if isinstance(t, Quantized)]
+    return max(bits) if bits else None

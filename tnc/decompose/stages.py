@@ -1,0 +1,137 @@
+"""Stages: how one term of a sum is fitted to what the other terms leave over.
+
+Every published recipe is a short tuple of stages (`tnc.decompose.recipes`). A stage is data; its ``fit`` is
+a thin call into ``tnc.quant`` or ``tnc.decompose.low_rank``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tnc.column_space import Solver
+from tnc.decompose.low_rank import fit_low_rank
+from tnc.decompose.sizes import Size
+from tnc.errors import RecipeError, StatsError
+from tnc.formats import IntFormat
+from tnc.metric import Metric
+from tnc.quant import CLIP_RATIOS, gptq_with_notes, rtn
+from tnc.stats import LayerStats
+from tnc.terms import Dense, Expression
+
+MetricOf = Callable[[LayerStats], Metric]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What a stage is asked to fit.
+
+    Attributes:
+        residual: (m, n) ``weight`` minus the other terms as stored, float64.
+        weight: (m, n) the dense weight.
+        stats: calibration statistics, or ``None``.
+        spent_bits: bits the other terms store.
+    """
+
+    residual: Tensor
+    weight: Tensor
+    stats: LayerStats | None
+    spent_bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A fitted term, the damping used, every fallback taken, and the H-error theory promises for the sum so far."""
+
+    term: Expression
+    damping: float | None = None
+    fallbacks: tuple[str, ...] = ()
+    guaranteed_error: float | None = None
+
+
+class Stage(Protocol):
+    """Anything that can fit a term to a `Target`."""
+
+    def fit(self, target: Target) -> Fitted:
+        """The fitted term."""
+
+
+@dataclass(frozen=True)
+class QuantizeStage:
+    """Quantized base.
+
+    Attributes:
+        format: number format of the codes.
+        method: ``"gptq"`` (needs statistics) or ``"rtn"``.
+        clip_ratios: candidate ranges of a group as ratios of its full range; ``(1.0,)`` is no search.
+        damping: GPTQ's first multiple of ``mean(diag H)``.
+    """
+
+    format: IntFormat
+    method: str = "gptq"
+    clip_ratios: Sequence[float] = field(default=CLIP_RATIOS)
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.method not in ("gptq", "rtn"):
+            raise RecipeError(f"QuantizeStage(method={self.method!r}) is unknown; expected 'gptq' or 'rtn'.")
+
+    def fit(self, target: Target) -> Fitted:
+        """Quantize the residual."""
+        if self.method == "rtn":
+            return Fitted(rtn(target.residual, self.format, stats=target.stats, clip_ratios=self.clip_ratios))
+        if target.stats is None:
+            raise StatsError("GPTQ needs calibration statistics; pass stats=..., or use method='rtn'.")
+        result = gptq_with_notes(
+            target.residual, target.stats, self.format, damping=self.damping, clip_ratios=self.clip_ratios
+        )
+        return Fitted(result.term, result.damping, result.fallbacks)
+
+
+@dataclass(frozen=True)
+class LowRankStage:
+    """Low-rank term by the closed form of MATH.md section 1.
+
+    Attributes:
+        rank: an int, `Rank`, `RelativeError` or `BitsPerWeight` (the last counts the other terms).
+        metric: the metric made of the statistics; without statistics it is the Frobenius norm.
+        solver: `Exact` or `Subspace`; ``None`` chooses by size and rank.
+        dtype: of the stored factors; ``None`` is the dtype of the weight.
+    """
+
+    rank: Size
+    metric: MetricOf = Metric.auto
+    solver: Solver | None = None
+    dtype: torch.dtype | None = None
+
+    def fit(self, target: Target) -> Fitted:
+        """Best low-rank term for the residual."""
+        metric = Metric() if target.stats is None else self.metric(target.stats)
+        dtype = self.dtype or target.weight.dtype
+        found = fit_low_rank(
+            target.residual, target.weight, self.rank, metric, solver=self.solver, dtype=dtype,
+            spent_bits=target.spent_bits,
+        )  # fmt: skip
+        if metric.gradient is not None or (target.stats is not None and self.metric != Metric.full):
+            return Fitted(found.term)
+        tail = max(metric.squared_norm(target.residual) - found.captured, 0.0) ** 0.5
+        return Fitted(found.term, guaranteed_error=tail / max(metric.norm(target.weight.double()), 1e-300))
+
+
+@dataclass(frozen=True)
+class DenseStage:
+    """The residual stored as it is: the form a layer keeps when nothing smaller pays.
+
+    Attributes:
+        dtype: of the stored matrix; ``None`` is the dtype of the weight.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def fit(self, target: Target) -> Fitted:
+        """A dense copy of the residual."""
+        return Fitted(Dense(target.residual.to(self.dtype or target.weight.dtype)))

@@ -1,0 +1,143 @@
+"""The kernel table: which implementations exist, and which one runs an expression.
+
+A kernel is chosen and bound once, when a module is built or moved, never per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tnc.errors import BackendError
+from tnc.terms import Expression
+
+Tensors = Mapping[str, Tensor]
+
+
+class Bound(Protocol):
+    """A kernel prepared for one expression: everything but the tensors is fixed."""
+
+    def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """``x @ W.T`` in the dtype of ``x``: (..., in_features) to (..., out_features).
+
+        ``tensors`` has the names of `Expression.tensors`. ``x`` may have any floating dtype, also another
+        than the one the kernel was chosen for.
+        """
+
+    def describe(self) -> str:
+        """One line for `tnc.FactoredLinear.explain`: what runs, and when."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    Attributes:
+        name: the ``backend`` that names it; lower case.
+        serves: (operator, device, dtype of x) to ``None``, or to the reason why this kernel cannot run it.
+            It looks at the structure and the shapes only, never at values: tensors may be on ``meta``.
+        bind: prepares the kernel for an operator; the result keeps no tensor.
+        priority: ``backend="auto"`` takes the highest that serves.
+    """
+
+    name: str
+    serves: Callable[[Expression, torch.device, torch.dtype], str | None]
+    bind: Callable[[Expression], Bound]
+    priority: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What became of one row: its name, whether it was chosen, and why or why not."""
+
+    name: str
+    chosen: bool
+    reason: str
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register_kernel(kernel: Kernel) -> Kernel:
+    """Add a row to the table.
+
+    Raises:
+        BackendError: if the name is taken or reserved, or is not lower case.
+    """
+    name = kernel.name
+    if name != _normalise(name) or name == "auto" or name in _KERNELS:
+        raise BackendError(
+            f"register_kernel(name={name!r}) is taken, reserved or not lower case; expected a new name "
+            f"besides {', '.join(backends())}."
+        )
+    _KERNELS[name] = kernel
+    return kernel
+
+
+def backends() -> tuple[str, ...]:
+    """Every valid ``backend``: ``"auto"``, then the registered kernels by name."""
+    return ("auto", *sorted(_KERNELS))
+
+
+def choose(
+    operator: Expression, device: torch.device, dtype: torch.dtype, *, backend: str = "auto"
+) -> tuple[Bound, tuple[Candidate, ...]]:
+    """The kernel that will run ``operator``, bound to it, and what became of every row of the table.
+
+    ``"auto"`` takes the serving kernel of the highest priority, on a tie the first by name; a named backend
+    takes that kernel. Nothing is timed, so the same table gives the same choice everywhere.
+
+    Args:
+        operator: the expression; its tensors are looked at for shapes only.
+        device: where the tensors lie.
+        dtype: dtype expected of ``x``.
+        backend: one of `backends`.
+
+    Returns:
+        The bound kernel, and a `Candidate` for each row, highest priority first.
+
+    Raises:
+        BackendError: if the backend is unknown, or named and unable to serve (with its reason).
+    """
+    wanted = _normalise(backend)
+    if wanted not in backends():
+        raise BackendError(f"unknown backend {backend!r}; expected one of {', '.join(backends())}.")
+    rows = sorted(_KERNELS.values(), key=lambda row: (-row.priority, row.name))
+    refusals = {row.name: row.serves(operator, device, dtype) for row in rows}
+    chosen = _pick(rows, refusals, wanted)
+    report = tuple(_candidate(row, chosen, refusals[row.name], wanted) for row in rows)
+    return chosen.bind(operator), report
+
+
+def _pick(rows: list[Kernel], refusals: dict[str, str | None], wanted: str) -> Kernel:
+    serving = [row for row in rows if refusals[row.name] is None]
+    if wanted == "auto":
+        assert serving, "the reference kernel serves everything"
+        return serving[0]
+    named = [row for row in serving if row.name == wanted]
+    if not named:
+        raise BackendError(
+            f"backend {wanted!r} cannot serve this operator: {refusals[wanted]}. "
+            f'Use backend="auto" or one of {", ".join(row.name for row in serving)}.'
+        )
+    return named[0]
+
+
+def _candidate(row: Kernel, chosen: Kernel, refusal: str | None, wanted: str) -> Candidate:
+    if row is chosen:
+        return Candidate(row.name, True, "named by the caller" if wanted != "auto" else "highest priority")
+    if refusal is not None:
+        return Candidate(row.name, False, refusal)
+    if wanted != "auto":
+        return Candidate(row.name, False, f"the caller named {chosen.name}")
+    return Candidate(
+        row.name, False, f"{chosen.name} comes first (priority {chosen.priority} over {row.priority})"
+    )
+
+
+def _normalise(name: str) -> str:
+    return name.strip().lower()

@@ -1,0 +1,159 @@
+"""The driver: calibrate, decompose and swap the linear layers of a model, one block at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnc.column_space import spectrum
+from tnc.decompose import Decomposition, DenseStage, LowRankStage, Rank, Recipe, Stage, decompose
+from tnc.errors import ModelError, StatsError
+from tnc.metric import Metric
+from tnc.models.calibrate import Batch, calibrate, iter_block_stats
+from tnc.models.layers import select_layers, weight_of
+from tnc.modules import FactoredLinear
+from tnc.plan import PooledLayer, pooled_ranks
+from tnc.stats import LayerStats
+
+Progress = Callable[[str, int, int], None]
+
+
+def compress(
+    model: nn.Module, recipe: Recipe, batches: Iterable[Batch] | None = None, *,
+    stats: Mapping[str, LayerStats] | None = None, fisher: bool = True, heldout_share: float = 0.1,
+    sequential: bool = False, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None,
+    dtype: torch.dtype | None = None, seed: int = 0, backend: str = "auto", inplace: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:  # fmt: skip
+    """Compress the linear layers of a model's blocks; embeddings, norms and the head stay as they are.
+
+    Args:
+        model: a Hugging Face causal LM, or any module with ``nn.Linear`` or ``Conv1D`` layers.
+        recipe: from `tnc.recipe`, or your own `Recipe`.
+        batches: token ids (B, T), or dicts with ``input_ids`` and ``attention_mask``. Without batches and
+            statistics only data-free recipes run (``svd``, ``rtn``, ``lorc``).
+        stats: statistics from `calibrate`, used instead of ``batches``.
+        fisher: calibrate G too, so that reports are in nats; costs a backward pass.
+        heldout_share: share of the sequences kept out of H and G, for the held-out error.
+        sequential: later blocks see the compressed earlier ones; otherwise the dense ones.
+        include, exclude: glob patterns on layer names.
+        dtype: of stored factors; ``None`` is the dtype of the weight.
+        seed: of the sampled labels.
+        backend: kernel of the new layers, see `FactoredLinear`.
+        inplace: change ``model`` itself and save its memory; otherwise it is copied and left untouched.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The model with `FactoredLinear` layers, each with a ``report``; `ModelReport.of` collects them.
+
+    Raises:
+        ModelError, StatsError, NonFiniteError, FormatError, RankError, BudgetError: before any layer of the
+            returned model is visible to the caller; without ``inplace`` nothing is lost.
+
+    Memory: with batches, activations and statistics of one block at a time (all layers' for pooled recipes).
+    """
+    target = model if inplace else copy.deepcopy(model)
+    layers = select_layers(target, include, exclude)
+    options: dict[str, Any] = {
+        "fisher": fisher, "heldout_share": heldout_share, "include": include, "exclude": exclude, "seed": seed,
+        "progress": progress,
+    }  # fmt: skip
+    if recipe.pooled is not None and stats is None:
+        stats = calibrate(target, batches or (), **options)
+    plan = None if recipe.pooled is None else _pool(recipe, layers, stats or {}, dtype)
+    groups = _groups(target, layers, batches, stats, {**options, "sequential": sequential})
+    done = 0
+    for group in groups:
+        for name, layer_stats in group.items():
+            stages = _stages(recipe, dtype) if plan is None else _planned(recipe, plan[name], dtype)
+            _swap(target, name, layers[name], stages, recipe.sweeps, layer_stats, dtype, backend)
+            done += 1
+            if progress is not None:
+                progress("compress", done, len(layers))
+    target.tnc_recipe = recipe.describe()  # type: ignore[assignment]
+    return target
+
+
+def _groups(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch] | None,
+    stats: Mapping[str, LayerStats] | None, options: dict[str, Any],
+) -> Iterator[Mapping[str, LayerStats | None]]:  # fmt: skip
+    """Layer statistics in the order in which they become known: all at once, or block by block."""
+    if stats is not None:
+        missing = [name for name in layers if name not in stats]
+        if missing:
+            raise StatsError(
+                f"the statistics lack {len(missing)} of {len(layers)} layers, the first is {missing[0]!r}; "
+                "calibrate this model again, or exclude those layers."
+            )
+        yield {name: stats[name] for name in layers}
+    elif batches is None:
+        yield dict.fromkeys(layers)
+    else:
+        for _, group in iter_block_stats(model, batches, **options):
+            yield group
+
+
+def _swap(
+    model: nn.Module, name: str, layer: nn.Module, stages: tuple[Stage, ...], sweeps: int, stats: LayerStats | None,
+    dtype: torch.dtype | None, backend: str,
+) -> None:  # fmt: skip
+    """Decompose one layer and put the factored module in its place."""
+    weight = weight_of(layer).detach()
+    found = decompose(weight, stages, stats, sweeps=sweeps)
+    if found.operator.storage_bits > _dense_bits(weight, dtype):
+        found = _kept_dense(weight, found, stats, dtype)
+    module = FactoredLinear.from_linear(layer, found.operator, backend=backend)
+    module.report = found.report.to_json()
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _dense_bits(weight: Tensor, dtype: torch.dtype | None) -> int:
+    return weight.numel() * (dtype or weight.dtype).itemsize * 8
+
+
+def _kept_dense(
+    weight: Tensor, found: Decomposition, stats: LayerStats | None, dtype: torch.dtype | None
+) -> Decomposition:
+    """The dense layer in place of a form that would store more bits, with a note that says so."""
+    note = f"kept dense: the form asked for stores {found.operator.storage_bits} bits, dense {_dense_bits(weight, dtype)}"
+    dense = decompose(weight, (DenseStage(dtype),), stats)
+    return Decomposition(dense.operator, replace(dense.report, fallbacks=(note,)))
+
+
+def _stages(recipe: Recipe, dtype: torch.dtype | None) -> tuple[Stage, ...]:
+    return tuple(
+        replace(stage, dtype=dtype) if isinstance(stage, LowRankStage) and stage.dtype is None else stage
+        for stage in recipe.stages
+    )
+
+
+def _pool(
+    recipe: Recipe, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], dtype: torch.dtype | None
+) -> dict[str, int | None]:
+    """Rank of every layer under the recipe's budget for the whole model."""
+    assert recipe.pooled is not None
+    if any(stats[name].gradient is None for name in layers):
+        raise StatsError(f"recipe {recipe.name!r} compares layers in nats; calibrate with fisher=True.")
+    pooled = {}
+    for name, layer in layers.items():
+        weight = weight_of(layer).detach()
+        bits = (dtype or weight.dtype).itemsize * 8
+        sigma = spectrum(weight, Metric.fisher(stats[name]))
+        pooled[name] = PooledLayer(sigma, (weight.shape[0], weight.shape[1]), factor_bits=bits, dense_bits=bits)
+    return pooled_ranks(pooled, recipe.pooled.value).ranks
+
+
+def _planned(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> tuple[Stage, ...]:
+    if rank is None:
+        return (DenseStage(dtype),)
+    *first, last = _stages(recipe, dtype)
+    if not isinstance(last, LowRankStage):
+        raise ModelError(f"recipe {recipe.name!r} is pooled but does not end with a low-rank stage.")
+    return (*first, replace(last, rank=Rank(rank)))

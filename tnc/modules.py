@@ -1,0 +1,237 @@
+"""`FactoredLinear`: an expression as a drop-in for ``torch.nn.Linear``. Tensors, bias, kernel; no maths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnc.errors import BackendError, ShapeError
+from tnc.kernels import choose
+from tnc.terms import Expression, Product, Quantized, Sum, from_spec
+
+
+class FactoredLinear(nn.Module):
+    """``y = x W^T + bias`` with ``W`` kept as the tensors of an expression.
+
+    Every tensor of ``operator.tensors()`` is copied and stored under its name with ``.`` replaced by ``_``
+    (``0.codes`` of a sum becomes ``0_codes``); these names and ``bias`` are the keys of ``state_dict()``.
+    Floating tensors are parameters; integer tensors, and codes, scales and zeros of `Quantized`, are buffers.
+
+    The stored tensors and the bias keep their dtype under ``.half()``, ``.to(torch.bfloat16)`` and the like,
+    only their device follows: neither the storage bits nor the error can change unnoticed. The output has the
+    dtype of ``x``, whatever is stored. The kernel is chosen when the module is built, moved, or loaded onto
+    another device.
+
+    Args:
+        operator: the expression, (out_features, in_features).
+        bias: (out_features,) or ``None``; copied. It is added in the dtype of ``x``.
+        backend: ``"auto"`` or the name of a kernel (`tnc.kernels.backends`).
+
+    Raises:
+        ShapeError: if ``bias`` is not a floating vector (out_features,).
+        BackendError: if the backend is unknown or cannot serve the operator, or if the tensors of the
+            operator and the bias are not all on one device.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, operator: Expression, bias: Tensor | None = None, *, backend: str = "auto") -> None:
+        super().__init__()
+        _check_bias(bias, operator)
+        _check_one_device(operator, bias)
+        self._spec = operator.spec()
+        self._shape = operator.shape
+        self._backend = backend
+        self._stored = {name: name.replace(".", "_") for name in operator.tensors()}
+        assert len(set(self._stored.values())) == len(self._stored), "stored names must differ"
+        for name, tensor, trainable in _named_tensors(operator):
+            self._store(self._stored[name], tensor, trainable)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(_copy(bias)))
+        self._dtype = _expected_dtype(operator, bias)
+        self._bind()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, operator: Expression, *, backend: str = "auto") -> FactoredLinear:
+        """The stand-in for ``linear`` with ``operator`` in the place of its weight.
+
+        Takes over a copy of the bias (if any), training mode, and whether weight and bias are trainable.
+
+        Args:
+            linear: ``torch.nn.Linear``, or transformers' ``Conv1D`` (weight (in, out), attribute ``nf``).
+            operator: (out_features, in_features) of ``linear``.
+            backend: see the class.
+
+        Raises:
+            ShapeError: if ``linear`` has no weight matrix, or its shape is not that of ``operator``.
+            BackendError: see the class.
+        """
+        weight = getattr(linear, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise ShapeError(
+                f"FactoredLinear.from_linear got {type(linear).__name__} without a weight matrix; expected "
+                "torch.nn.Linear or transformers' Conv1D."
+            )
+        shape = (weight.shape[1], weight.shape[0]) if hasattr(linear, "nf") else tuple(weight.shape)
+        if operator.shape != shape:
+            raise ShapeError(
+                f"FactoredLinear.from_linear got an operator of shape {operator.shape} for "
+                f"{type(linear).__name__} of shape {shape} (out_features, in_features); use the operator "
+                "made from its weight."
+            )
+        bias = getattr(linear, "bias", None)
+        module = cls(operator, bias, backend=backend)
+        module.requires_grad_(weight.requires_grad)
+        if module.bias is not None and bias is not None:
+            module.bias.requires_grad_(bias.requires_grad)
+        module._expect(weight.dtype)
+        return module.train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self._shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self._shape[0]
+
+    @property
+    def operator(self) -> Expression:
+        """The expression rebuilt from the current tensors, which it shares with the module."""
+        return from_spec(self._spec, self._tensors())
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits stored in the place of the weight; the bias is not counted."""
+        return self.operator.storage_bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + bias``: (..., in_features) to (..., out_features), in the dtype of ``x``.
+
+        Raises:
+            ShapeError: if ``x`` is not floating point or its last size is not ``in_features``.
+        """
+        if x.ndim == 0 or x.shape[-1] != self._shape[1] or not x.is_floating_point():
+            raise ShapeError(
+                f"FactoredLinear got x of shape {tuple(x.shape)} and {x.dtype}; expected floating point "
+                f"(..., in_features={self._shape[1]}). Pass the activations that the dense layer took."
+            )
+        y = self._kernel(x, self._tensors())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def explain(self) -> str:
+        """Text for people: the expression, its size, each kernel and why it was chosen or not."""
+        rows, columns = self._shape
+        bits = self.storage_bits
+        lines = [
+            f"FactoredLinear({columns} -> {rows}): {_outline(self.operator)}",
+            f"  stored: {bits} bits, {bits / max(rows * columns, 1):.4g} bits per weight",
+            f"  kernels for backend={self._backend!r}, {self._device()}, {_short(self._dtype)}:",
+        ]
+        for candidate in self._candidates:
+            verdict = "chosen" if candidate.chosen else "passed over"
+            lines.append(f"    {candidate.name}: {verdict}: {candidate.reason}")
+            if candidate.chosen:
+                lines.append(f"      {self._kernel.describe()}")
+        return "\n".join(lines)
+
+    def extra_repr(self) -> str:
+        """Sizes, expression and kernel, for ``print(model)``."""
+        kernel = next(c.name for c in self._candidates if c.chosen)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, operator={_outline(self.operator)}, kernel={kernel}"
+        )
+
+    def _store(self, name: str, tensor: Tensor, trainable: bool) -> None:
+        if trainable:
+            self.register_parameter(name, nn.Parameter(_copy(tensor)))
+        else:
+            self.register_buffer(name, _copy(tensor))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, stored) for name, stored in self._stored.items()}
+
+    def _device(self) -> torch.device:
+        return next((tensor.device for tensor in self._tensors().values()), torch.device("cpu"))
+
+    def _expect(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._bind()
+
+    def _bind(self) -> None:
+        self._bound_device = self._device()
+        operator = from_spec(self._spec, self._tensors())
+        self._kernel, self._candidates = choose(
+            operator, self._bound_device, self._dtype, backend=self._backend
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
+        """Move the tensors but keep their dtype; the dtype asked for is the one expected of ``x``."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._expect(fn(torch.empty(0, dtype=self._dtype)).dtype)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Load, and bind again if tensors were assigned from another device (``meta`` to a real one)."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._device() != self._bound_device:
+            self._bind()
+
+
+def _named_tensors(expression: Expression, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
+    """(name, tensor, trainable) of every stored tensor."""
+    if isinstance(expression, (Sum, Product)):
+        for i, term in enumerate(expression.terms):
+            yield from _named_tensors(term, f"{prefix}{i}.")
+        return
+    for name, tensor in expression.tensors().items():
+        yield prefix + name, tensor, tensor.is_floating_point() and not isinstance(expression, Quantized)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _expected_dtype(operator: Expression, bias: Tensor | None) -> torch.dtype:
+    """Dtype expected of ``x`` until it is known: that of the bias, else of the first floating tensor."""
+    tensors = ([] if bias is None else [bias]) + list(operator.tensors().values())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def _check_bias(bias: Tensor | None, operator: Expression) -> None:
+    if bias is not None and (tuple(bias.shape) != (operator.shape[0],) or not bias.is_floating_point()):
+        raise ShapeError(
+            f"FactoredLinear got a {bias.dtype} bias of shape {tuple(bias.shape)}; expected a floating-point "
+            f"vector ({operator.shape[0]},) for an operator of shape {operator.shape}. Pass its own bias."
+        )
+
+
+def _check_one_device(operator: Expression, bias: Tensor | None) -> None:
+    stored = {**operator.tensors(), **({} if bias is None else {"bias": bias})}
+    places = {name: str(tensor.device) for name, tensor in stored.items()}
+    if len(set(places.values())) > 1:
+        raise BackendError(
+            f"FactoredLinear got tensors on several devices: {places}; expected one. "
+            "Move the operator with tnc.terms.map_tensors, or the layer with .to(device)."
+        )
+
+
+def _outline(expression: Expression) -> str:
+    """``sum(quantized, low_rank)``."""
+    if isinstance(expression, (Sum, Product)):
+        return f"{expression.kind}({', '.join(_outline(term) for term in expression.terms)})"
+    return expression.kind
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
