@@ -82,7 +82,7 @@ def _elsewhere(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "--context", str(arguments.context), *(["--no-fisher"] if arguments.no_fisher else []),
     ]  # fmt: skip
     row: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(f"{name:>24}  before {row['before_mb']:8.0f} MB  peak {row['peak_mb']:8.0f} MB  {row['seconds']:7.1f} s", flush=True)
+    print("{model:>24}  before {before_mb:8.0f} MB  peak {peak_mb:8.0f} MB  {seconds:7.1f} s".format(**row), flush=True)
     return row
 
 

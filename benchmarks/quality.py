@@ -69,12 +69,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(row: dict[str, Any]) -> None:
-    print(
-        f"{row['recipe']:<58} {row['bits_per_weight']:6.3f} b  err {row['relative_error']:.4f} held {row['heldout_relative_error']:.4f}"
-        f"  bound {row['lower_bound']:.4f}  nats {row['predicted_nats']:.4f}  KL {row['kl']:.4f}±{row['kl_error']:.4f}"
-        f"  Δloss {row['delta_nats']:+.4f}±{row['delta_nats_error']:.4f}  ppl {row['perplexity']:.2f}  {row['seconds']:.1f} s",
-        flush=True,
+    line = (
+        "{recipe:<58} {bits_per_weight:6.3f} b  err {relative_error:.4f} held {heldout_relative_error:.4f}"
+        "  bound {lower_bound:.4f}  nats {predicted_nats:.4f}  KL {kl:.4f}±{kl_error:.4f}"
+        "  Δloss {delta_nats:+.4f}±{delta_nats_error:.4f}  ppl {perplexity:.2f}  {seconds:.1f} s"
     )
+    print(line.format(**row), flush=True)
 
 
 def _prediction(rows: list[dict[str, Any]]) -> dict[str, Any]:

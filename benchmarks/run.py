@@ -1,7 +1,7 @@
 """Run timed cases: every answer is checked before its clock starts.
 
-    python -m benchmarks.run --list
-    python -m benchmarks.run compensate-2048 compensate-4096
+python -m benchmarks.run --list
+python -m benchmarks.run compensate-2048 compensate-4096
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def column_space(matrix: Tensor, rank: int, metric: Metric, solver: Solver | Non
     """Optimal column space of ``matrix`` (m, n) for ``rank``; the solver is chosen by size unless named.
 
     Cost: `Exact` O(m n min(m, n) + m² n + m n²) float64; `Subspace` ``2 (2 m n + n² + m²)(k + p)`` flops a
-    step in float32 (float64 for float64 input when the metric has singular sides is not needed).
+    step in the dtype of ``matrix``, at least float32.
     """
     chosen = choose_solver((matrix.shape[0], matrix.shape[1]), rank) if solver is None else solver
     if rank == 0 or 0 in matrix.shape:
@@ -86,7 +86,8 @@ def spectrum(matrix: Tensor, metric: Metric) -> Tensor:
     Cost: O(min(m, n)³ + m n (m + n)) in float64.
     """
     gram, _ = _small_gram(matrix.double(), metric)
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp_min(0).sqrt()
 
 
 def _small_gram(matrix: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +172,8 @@ def _orthonormal(columns: Tensor, metric: Metric) -> Tensor:
     idea, Fukaya et al. 2020, with a rank-revealing eigendecomposition in place of the shift).
     """
     if metric.gradient is None:
-        return torch.linalg.qr(columns / _scale(columns)).Q
+        basis: Tensor = torch.linalg.qr(columns / _scale(columns)).Q
+        return basis
     for _ in range(2):
         columns = columns / _scale(columns)
         gram = (columns.double().T @ metric.times_gradient(columns).double()).cpu()
@@ -182,7 +184,8 @@ def _orthonormal(columns: Tensor, metric: Metric) -> Tensor:
 
 
 def _scale(columns: Tensor) -> Tensor:
-    return columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    lengths: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return lengths.clamp_min(torch.finfo(columns.dtype).tiny)
 
 
 def _empty(matrix: Tensor) -> ColumnSpace:

@@ -7,6 +7,7 @@ No side is ever inverted or damped.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +95,7 @@ class Metric:
 
     def norm(self, error: Tensor) -> float:
         """``sqrt(tr(Eᵀ G E H))``."""
-        return self.squared_norm(error) ** 0.5
+        return math.sqrt(self.squared_norm(error))
 
     def relative(self, error: Tensor, weight: Tensor) -> float:
         """``norm(error) / norm(weight)``; 0 where both vanish."""
@@ -123,14 +124,16 @@ def root(side: Tensor | None) -> Tensor | None:
     if side.ndim == 1:
         return side.double().clamp_min(0).sqrt()
     values, vectors = torch.linalg.eigh(side.double())
-    return vectors * values.clamp_min(0).sqrt()
+    factor: Tensor = vectors * values.clamp_min(0).sqrt()
+    return factor
 
 
 def _apply(side: Tensor | None, matrix: Tensor) -> Tensor:
     if side is None:
         return matrix
     side = side.to(device=matrix.device, dtype=matrix.dtype)
-    return side.unsqueeze(-1) * matrix if side.ndim == 1 else side @ matrix
+    product: Tensor = side.unsqueeze(-1) * matrix if side.ndim == 1 else side @ matrix
+    return product
 
 
 def _to(side: Tensor | None, dtype: torch.dtype, device: torch.device | None) -> Tensor | None:

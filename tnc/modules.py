@@ -37,9 +37,11 @@ class FactoredLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    report: dict[str, Any] | None  # what the decomposition cost, as `tnc.compress` found it
 
     def __init__(self, operator: Expression, bias: Tensor | None = None, *, backend: str = "auto") -> None:
         super().__init__()
+        self.report = None
         _check_bias(bias, operator)
         _check_one_device(operator, bias)
         self._spec = operator.spec()

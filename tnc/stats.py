@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from scipy.linalg import lapack
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from tnc.errors import ShapeError, StatsError, check_matrix, check_same_shape
@@ -33,7 +33,7 @@ class Moments:
 
     @property
     def features(self) -> int:
-        """n."""
+        """Width of ``x``."""
         return self.second.shape[0]
 
     @property
@@ -51,7 +51,7 @@ class Moments:
         if largest <= 0:
             return 0
         tolerance = torch.finfo(torch.float32).eps * largest
-        _, _, rank, _ = lapack.dpstrf(self.second.double().cpu().numpy(), tol=tolerance, lower=1)
+        _, _, rank, _ = dpstrf(self.second.double().cpu().numpy(), tol=tolerance, lower=1)
         return int(rank)
 
     def merge(self, other: Moments) -> Moments:

@@ -76,9 +76,9 @@ def compress(
             symmetric=symmetric or None, rank=rank, error=error, bpw=bpw, stats=stats, sequences=sequences,
             context=context, fisher=fisher, sequential=sequential, include=include, exclude=exclude, seed=seed,
             device=device,
-        ),  # fmt: skip
+        ),
         as_json=as_json,
-    )
+    )  # fmt: skip
 
 
 @app.command("eval")

@@ -121,7 +121,7 @@ def _available(options: CompressOptions, tokenizer: Any, context: int) -> int | 
     full = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // context
     if full >= options.sequences:
         return options.sequences
-    console.note(f"calibration text has {full} full windows of {context} tokens, fewer than {options.sequences}: all are used.")
+    console.note(f"all {full} full windows of {context} tokens are used; {options.sequences} were asked for.")
     return None
 
 

@@ -130,7 +130,9 @@ def _print(result: dict[str, Any], out: Path) -> None:
         )
         for row in sorted(result["rows"], key=lambda row: row["bits_per_weight"])
     ]
-    columns = ("recipe", "bits/weight", "held-out error", "lower bound", "predicted nats", "measured KL", "perplexity", "s")
+    columns = (
+        "recipe", "bits/weight", "held-out error", "lower bound", "predicted nats", "measured KL", "perplexity", "s",
+    )  # fmt: skip
     console.print_table("Embedded model, byte-level, source code it has not seen", columns, rows)
     console.say(f"Saved {result['saved']}: the smallest within {_TOLERANCE:.0%} of the dense perplexity.")
     console.say(f"  checkpoint {out}/   report {out}/report.json   picture {out}/front.png")

@@ -43,8 +43,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(f"device {name!r} cannot be used ({first}); expected auto, cpu or a GPU such as cuda:0.") from error
+        reason = str(error).splitlines()[0]
+        message = f"device {name!r} cannot be used ({reason}); expected auto, cpu or a GPU such as cuda:0."
+        raise ModelError(message) from error
     return device
 
 

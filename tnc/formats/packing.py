@@ -58,7 +58,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _shifts(count: int, step: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device, dtype=torch.int64) * step
+    shifts: Tensor = torch.arange(count, device=device, dtype=torch.int64) * step
+    return shifts
 
 
 def _check_bits(bits: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, reduce
+from functools import lru_cache
 from string import ascii_letters
 from typing import Literal
 
@@ -146,14 +146,13 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Contract:
-    """Any other contraction: in the dtype of ``x`` if it takes part, among weights in float32 or wider."""
+    """Any other contraction: in the dtype of ``x``, and among weights in float32 if that is wider."""
 
     equation: str
 
     def __call__(self, dtype: torch.dtype, *taken: Tensor) -> Tensor:
         """``torch.einsum`` of the operands; ``dtype`` is that of ``x``."""
         if _TOKENS not in self.equation:
-            dtype = reduce(torch.promote_types, (tensor.dtype for tensor in taken), dtype)
             dtype = torch.promote_types(dtype, torch.float32)
         result: Tensor = torch.einsum(self.equation, *(tensor.to(dtype) for tensor in taken))
         return result

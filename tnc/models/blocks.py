@@ -1,4 +1,4 @@
-"""Walking a model block by block: the inputs of its blocks, one block alone, and the head behind the last one.
+"""Walking a model block by block: the inputs of its blocks, one block alone, the head behind the last one.
 
 A walk calls the model's own forward with blocks bypassed, so that masks, position embeddings and the head are
 always the model's. Nothing of the model is copied or rewritten.
@@ -45,14 +45,18 @@ class BlockCall:
         for name, value in kwargs.items():
             if isinstance(value, Tensor):
                 return cls(value, args, {key: kwargs[key] for key in kwargs if key != name}, name)
-        raise ModelError("a decoder block was called without a tensor; expected hidden states as its first one.")
+        raise ModelError(
+            "a decoder block was called without a tensor; expected hidden states as its first one."
+        )
 
 
 class BlockWalk:
     """The blocks of one model as separate steps.
 
-    ``walk.run`` over all blocks, then ``walk.tail``, equals the model's forward. This is checked on a short sample at
-    construction: a model that passes more than hidden states from block to block is walked as one single block.
+    ``walk.run`` over all blocks, then ``walk.tail``, equals the model's forward. This is checked on a short
+    sample at
+    construction: a model that passes more than hidden states from block to block is walked as one single
+    block.
 
     Attributes:
         blocks: by full name, in order; ``{"": model}`` where the model is one block.
@@ -79,7 +83,7 @@ class BlockWalk:
         return "" in self.blocks
 
     def calls(self, ids: Tensor) -> list[BlockCall]:
-        """What each block is passed for token ids (sequences, tokens); ``hidden`` holds for the first block only.
+        """What each block is passed for token ids (sequences, tokens); ``hidden`` is true of the first one only.
 
         Cost: the embedding and the mask; no block runs.
         """
@@ -98,11 +102,14 @@ class BlockWalk:
                 self._forward(ids)
             except _Stop:
                 return calls
-        raise ModelError("the model's forward never reached its last decoder block; expected every block to run once.")
+        raise ModelError(
+            "the model's forward never reached its last decoder block; expected every block to run once."
+        )
 
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-        """Output of block ``index`` on ``hidden``: hidden states for the next block, logits where the model is one."""
-        block = self._modules[index]
+        """Output of block ``index`` on ``hidden``: hidden states for the next block, logits where the model "
+        "is one."""
+        block, hidden = self._modules[index], hidden.clone()  # a block may add to its input in place
         if call.keyword is None:
             return _first_tensor(block(hidden, *call.args, **call.kwargs))
         return _first_tensor(block(*call.args, **{call.keyword: hidden}, **call.kwargs))
@@ -139,7 +146,9 @@ class BlockWalk:
         seen: list[tuple[int, BlockCall, Any]] = []
 
         def watch(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ANN401
+            def hook(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+            ) -> None:
                 seen.append((index, BlockCall.of(args, kwargs), output))
 
             return hook
@@ -214,7 +223,9 @@ def _first_tensor(output: Any) -> Tensor:  # noqa: ANN401
     for value in (logits,) if isinstance(logits, Tensor) else values:
         if isinstance(value, Tensor):
             return value
-    raise ModelError(f"a {type(output).__name__} without a tensor came out of a block; expected hidden states or logits.")
+    raise ModelError(
+        f"a {type(output).__name__} without a tensor came out of a block; expected hidden states or logits."
+    )
 
 
 def _same(a: Any, b: Any) -> bool:  # noqa: ANN401

@@ -20,8 +20,8 @@ Slot = tuple[str, int]  # a distinct input: the first layer it reached, and at w
 class InputCapture:
     """Second moments of layer inputs, one accumulator for each distinct input tensor of a forward pass.
 
-    Layers that are passed one tensor (q, k and v; gate and up) get the same `Moments` object. A layer that runs
-    several times in a pass gets the moments of all its inputs.
+    Layers that are passed one tensor (q, k and v; gate and up) get the same `Moments` object. A layer that
+    runs several times in a pass gets the moments of all its inputs.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -64,7 +64,9 @@ class InputCapture:
     def moments(self) -> dict[str, Moments]:
         """Moments of every layer that ran, one object for one set of inputs."""
         means = {slot: sums.moments() for slot, sums in self._sums.items()}
-        merged = {slots: reduce(Moments.merge, [means[slot] for slot in slots]) for slots in self._slots.values()}
+        merged = {
+            slots: reduce(Moments.merge, [means[slot] for slot in slots]) for slots in self._slots.values()
+        }
         return {name: merged[slots] for name, slots in self._slots.items()}
 
     def _add(self, slot: Slot, x: Tensor) -> None:
@@ -128,8 +130,9 @@ class GradientCapture:
 def _check_activations(tensor: Tensor, name: str, what: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(
-            f"the {what} of layer {name!r} holds NaN or Inf during calibration; expected finite numbers. Look for NaN "
-            f"in earlier weights; if there is none, load the model in float32 or bfloat16 (it runs in {tensor.dtype})."
+            f"the {what} of layer {name!r} holds NaN or Inf during calibration; expected finite numbers. "
+            f"Look for NaN in earlier weights; if there is none, load the model in float32 or bfloat16 (it "
+            f"runs in {tensor.dtype})."
         )
 
 

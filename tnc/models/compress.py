@@ -41,7 +41,8 @@ def compress(
         fisher: calibrate G too, so that reports are in nats; costs a backward pass.
         heldout_share: share of the sequences kept out of H and G, for the held-out error.
         sequential: later blocks see the compressed earlier ones; otherwise the dense ones.
-        include, exclude: glob patterns on layer names.
+        include: glob patterns of layer names; ``None`` is all layers of the blocks.
+        exclude: glob patterns of layer names left dense.
         dtype: of stored factors; ``None`` is the dtype of the weight.
         seed: of the sampled labels.
         backend: kernel of the new layers, see `FactoredLinear`.
@@ -57,6 +58,11 @@ def compress(
 
     Memory: with batches, activations and statistics of one block at a time (all layers' for pooled recipes).
     """
+    if sequential and (stats is not None or recipe.pooled is not None):
+        raise StatsError(
+            "sequential=True calibrates each block behind the compressed ones, so it takes batches and a recipe "
+            "that is not pooled; leave out stats, or sequential."
+        )
     target = model if inplace else copy.deepcopy(model)
     layers = select_layers(target, include, exclude)
     options: dict[str, Any] = {
@@ -122,7 +128,8 @@ def _kept_dense(
     weight: Tensor, found: Decomposition, stats: LayerStats | None, dtype: torch.dtype | None
 ) -> Decomposition:
     """The dense layer in place of a form that would store more bits, with a note that says so."""
-    note = f"kept dense: the form asked for stores {found.operator.storage_bits} bits, dense {_dense_bits(weight, dtype)}"
+    asked, dense_bits = found.operator.storage_bits, _dense_bits(weight, dtype)
+    note = f"kept dense: the form asked for stores {asked} bits, dense {dense_bits}"
     dense = decompose(weight, (DenseStage(dtype),), stats)
     return Decomposition(dense.operator, replace(dense.report, fallbacks=(note,)))
 

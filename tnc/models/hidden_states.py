@@ -13,22 +13,22 @@ from torch import Tensor
 
 from tnc.errors import StatsError
 
-Key = tuple[int, int]
+Key = tuple[str, int, int]  # kind, block, batch
 _Place = Union[Tensor, tuple[Path, torch.device]]  # noqa: UP007 (evaluated at run time)
 
 
 class HiddenStates:
-    """Tensors by (block, batch), each put once and taken once.
+    """Tensors by (kind, block, batch), each put once and taken once.
 
-    Tensors past ``memory_limit_bytes`` go to safetensors files in a temporary directory, removed on exit, and come
-    back bit for bit on the device they came from. Use it as a context manager.
+    Tensors past ``memory_limit_bytes`` go to safetensors files in a temporary directory, removed on exit,
+    and come back bit for bit on the device they came from. Use it as a context manager.
     """
 
     def __init__(self, memory_limit_bytes: int) -> None:
         if memory_limit_bytes < 0:
             raise StatsError(
-                f"memory_limit_bytes={memory_limit_bytes} is negative; expected the bytes of hidden states to keep in "
-                "memory, 0 to keep all of them in temporary files."
+                f"memory_limit_bytes={memory_limit_bytes} is negative; expected the bytes of hidden states "
+                "to keep in memory, 0 to keep all of them in temporary files."
             )
         self._limit = memory_limit_bytes
         self._held = 0
@@ -74,6 +74,6 @@ class HiddenStates:
     def _write(self, key: Key, tensor: Tensor) -> tuple[Path, torch.device]:
         if self._folder is None:
             self._folder = TemporaryDirectory(prefix="tnc-hidden-")
-        path = Path(self._folder.name) / f"{key[0]}-{key[1]}.safetensors"
+        path = Path(self._folder.name) / f"{key[0]}-{key[1]}-{key[2]}.safetensors"
         save_file({"hidden": tensor.contiguous()}, path)
         return path, tensor.device

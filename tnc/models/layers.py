@@ -30,16 +30,17 @@ def select_layers(
     candidates = _candidates(model)
     if not candidates:
         raise ModelError(
-            f"{type(model).__name__} has no nn.Linear or Conv1D layer outside its embeddings and head; expected at "
-            "least one in its decoder blocks. Pass the language model itself, not a part without layers."
+            f"{type(model).__name__} has no nn.Linear or Conv1D layer outside its embeddings and head; "
+            "expected at least one in its decoder blocks. Pass the language model itself, not a part without "
+            "layers."
         )
     included = _matching(candidates, _patterns(include, "include"), "include", default=set(candidates))
     excluded = _matching(candidates, _patterns(exclude, "exclude"), "exclude", default=set())
     chosen = {name: layer for name, layer in candidates.items() if name in included - excluded}
     if not chosen:
         raise ModelError(
-            f"include and exclude together leave none of {len(candidates)} layers; expected at least one. Exclude "
-            f"fewer of them: {_examples(candidates)}."
+            f"include and exclude together leave none of {len(candidates)} layers; expected at least one. "
+            f"Exclude fewer of them: {_examples(candidates)}."
         )
     for name, layer in chosen.items():
         check_finite(weight_of(layer), f"the weight of layer {name!r}")
@@ -54,22 +55,25 @@ def weight_of(layer: nn.Module) -> Tensor:
     """
     if not is_linear(layer):
         raise ModelError(
-            f"weight_of was given a {type(layer).__name__}; expected nn.Linear or Conv1D. Take layers from select_layers."
+            f"weight_of was given a {type(layer).__name__}; expected nn.Linear or Conv1D. Take layers from "
+            f"select_layers."
         )
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.T if _is_conv1d(layer) else weight
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an ``nn.Linear`` or a transformers ``Conv1D`` (told by its class name and ``nf``)."""
+    """Whether the module is an ``nn.Linear`` or a transformers ``Conv1D`` (told by its class name and "
+    "``nf``).
+    """
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Decoder blocks by full name, in order: the children of the ``nn.ModuleList`` that holds most linear layers.
 
-    A model without a list that holds more than half of its linear layers, the head aside, is one block under the
-    empty name. Of lists that hold equally many, the outermost one counts.
+    A model without a list that holds more than half of its linear layers, the head aside, is one block under
+    the empty name. Of lists that hold equally many, the outermost one counts.
     """
     found = _linears(model, model)
     best, most = {"": model}, len(found) // 2
@@ -110,7 +114,9 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 def _patterns(patterns: Iterable[str] | None, argument: str) -> Sequence[str] | None:
     if isinstance(patterns, str):
-        raise ModelError(f"{argument}={patterns!r} is one string; expected several patterns: {argument}=[{patterns!r}].")
+        raise ModelError(
+            f"{argument}={patterns!r} is one string; expected several patterns: {argument}=[{patterns!r}]."
+        )
     return None if patterns is None else list(patterns)
 
 
@@ -124,8 +130,8 @@ def _matching(
         names = {name for name in candidates if fnmatchcase(name, pattern)}
         if not names:
             raise ModelError(
-                f"{argument} pattern {pattern!r} matches none of {len(candidates)} layers; expected a glob on full "
-                f"names such as {_examples(candidates)}."
+                f"{argument} pattern {pattern!r} matches none of {len(candidates)} layers; expected a glob "
+                f"on full names such as {_examples(candidates)}."
             )
         matched |= names
     return matched

@@ -67,4 +67,5 @@ def _total(layers: dict[str, dict[str, Any]], key: str, *, mean: bool) -> float 
     values = [layer[key] for layer in layers.values()]
     if any(v is None for v in values):
         return None
-    return sum(values) / len(values) if mean else sum(values)
+    total = float(sum(values))
+    return total / len(values) if mean else total

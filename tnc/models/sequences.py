@@ -34,23 +34,25 @@ class SequenceBatch:
 def read_sequences(batches: Iterable[Batch], heldout_share: float) -> list[SequenceBatch]:
     """Sequences of the batches, padding removed, grouped by length within each batch.
 
-    Masked tokens are cut out, wherever they stand, so no padding ever reaches the model. Sequence i of all is held
-    out iff ``floor((i + 1) share) > floor(i share)``, whatever the batches; if that takes none and there are at
-    least two, the last one is.
+    Masked tokens are cut out, wherever they stand, so no padding ever reaches the model. Sequence i of all
+    is held out iff ``floor((i + 1) share) > floor(i share)``, whatever the batches; if that takes none and
+    there are at least two, the last one is.
 
     Raises:
         StatsError: if no token is left, the share is outside [0, 1), or a batch holds other keys.
         ShapeError: if ids are not integers (sequences, tokens), or the mask has another shape.
     """
     if not 0 <= heldout_share < 1:
-        raise StatsError(f"heldout_share={heldout_share} is outside 0 <= heldout_share < 1; 0.1 keeps out every tenth.")
+        raise StatsError(
+            f"heldout_share={heldout_share} is outside 0 <= heldout_share < 1; 0.1 keeps out every tenth."
+        )
     given = [_sequences(batch, number) for number, batch in enumerate(batches)]
     given = [[sequence for sequence in batch if sequence.numel()] for batch in given]
     count = sum(len(batch) for batch in given)
     if count == 0:
         raise StatsError(
-            "zero calibration tokens: the batches are empty or fully masked; expected at least one token. Pass token "
-            "ids (sequences, tokens), with 1 in attention_mask for the tokens to use."
+            "zero calibration tokens: the batches are empty or fully masked; expected at least one token. "
+            "Pass token ids (sequences, tokens), with 1 in attention_mask for the tokens to use."
         )
     heldout = heldout_sequences(count, heldout_share)
     groups: list[SequenceBatch] = []
@@ -84,12 +86,14 @@ def _sequences(batch: Batch, number: int) -> list[Tensor]:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         what = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ShapeError(
-            f"calibration batch {number} is {what}; expected integer token ids (sequences, tokens), or a dict with "
-            "input_ids and attention_mask. Pass a list of batches: calibrate(model, [ids])."
+            f"calibration batch {number} is {what}; expected integer token ids (sequences, tokens), or a "
+            "dict with input_ids and attention_mask. Pass a list of batches: calibrate(model, [ids])."
         )
     if mask is None:
         return list(ids.long())
-    check_same_shape(tuple(mask.shape), tuple(ids.shape), f"attention_mask of batch {number}", "its input_ids")
+    check_same_shape(
+        tuple(mask.shape), tuple(ids.shape), f"attention_mask of batch {number}", "its input_ids"
+    )
     return [row[keep.bool()] for row, keep in zip(ids.long(), mask.to(ids.device), strict=True)]
 
 
@@ -98,7 +102,7 @@ def _ids_and_mask(batch: Batch, number: int) -> tuple[Tensor, Tensor | None]:
         return batch, None
     if "input_ids" not in batch or any(key not in _KEYS for key in batch):
         raise StatsError(
-            f"calibration batch {number} has keys {sorted(batch)}; expected input_ids and optionally attention_mask. "
-            "Pass {key: batch[key] for key in ('input_ids', 'attention_mask')}."
+            f"calibration batch {number} has keys {sorted(batch)}; expected input_ids and optionally "
+            "attention_mask. Pass {key: batch[key] for key in ('input_ids', 'attention_mask')}."
         )
     return batch["input_ids"], batch.get("attention_mask")

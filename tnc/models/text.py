@@ -125,8 +125,8 @@ def calibration_batches(
     if not 1 <= sequences <= len(windows):
         raise TextError(
             f"{sequences} calibration sequences of {context} tokens asked from a text of {tokens.numel()} "
-            f"tokens, which has {len(windows)} full windows; use 1 <= sequences <= {len(windows)}, a longer text "
-            "or a smaller context."
+            f"tokens, which has {len(windows)} full windows; use 1 <= sequences <= {len(windows)}, a longer "
+            "text or a smaller context."
         )
     return list(torch.split(windows[_stratified(len(windows), sequences, seed)], batch_size))
 

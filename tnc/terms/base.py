@@ -62,7 +62,8 @@ _KINDS: dict[str, type[Expression]] = {}
 def register(cls: E) -> E:
     """Make a term known to `from_spec` under its ``kind``; a kind can be taken once."""
     if cls.kind in _KINDS:
-        raise TNCError(f"term kind {cls.kind!r} is already registered by {_KINDS[cls.kind].__qualname__}; choose another.")
+        owner = _KINDS[cls.kind].__qualname__
+        raise TNCError(f"term kind {cls.kind!r} is already registered by {owner}; choose another.")
     _KINDS[cls.kind] = cls
     return cls
 

@@ -18,7 +18,7 @@ class _Combinator(Expression):
     terms: tuple[Expression, ...]
 
     def __post_init__(self) -> None:
-        nested = (t.terms if type(t) is type(self) else (t,) for t in self.terms)  # type: ignore[attr-defined]
+        nested = (t.terms if type(t) is type(self) else (t,) for t in self.terms)
         object.__setattr__(self, "terms", tuple(term for group in nested for term in group))
         if not self.terms:
             raise ShapeError(f"{type(self).__name__} of no terms has no shape; pass at least one term.")

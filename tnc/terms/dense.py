@@ -23,7 +23,9 @@ class Dense(Expression):
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2:
-            raise ShapeError(f"Dense got shape {tuple(self.matrix.shape)}; expected a matrix (out_features, in_features).")
+            raise ShapeError(
+                f"Dense got shape {tuple(self.matrix.shape)}; expected a matrix (out_features, in_features)."
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,137 @@
+"""The command line on a tiny model folder, the way a user runs it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tnc.cli import app
+from tnc.models.demo import demo_model_path
+
+transformers = pytest.importorskip("transformers")
+run = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A byte-level Llama with the embedded model's tokenizer, a calibration and an evaluation text."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_model_path())
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path / "dense")
+    tokenizer.save_pretrained(path / "dense")
+    words = "the cat sat on the mat and looked at the moon over the hill. "
+    (path / "calib.txt").write_text(words * 60)
+    (path / "text.txt").write_text(words[::-1] * 20)
+    return path
+
+
+def call(*arguments, code=0):
+    result = run.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def compressed(folder):
+    call("compress", folder / "dense", "--recipe", "eora", "--bits", 3, "--group-size", 16, "--rank", 4,
+         "--calib", folder / "calib.txt", "--out", folder / "small", "--sequences", 16, "--json")  # fmt: skip
+    return folder / "small"
+
+
+def test_compress_json_has_the_promised_fields(folder):
+    result = call("compress", folder / "dense", "--recipe", "eora", "--bits", 3, "--group-size", 16, "--rank", 4,
+                  "--calib", folder / "calib.txt", "--out", folder / "json", "--sequences", 16, "--json")  # fmt: skip
+    found = json.loads(result.stdout)
+    fields = {"bits_per_weight", "relative_error", "heldout_relative_error", "predicted_nats", "lower_bound", "seconds"}
+    assert fields | {"out", "layers"} <= set(found)
+    layer = found["layers"]["model.layers.0.mlp.up_proj"]
+    assert fields | {"rank", "bits", "fallbacks"} <= set(layer)
+    assert (layer["rank"], layer["bits"]) == (4, 3)
+    # 3-bit codes, a 16-bit scale and a 3-bit zero a group, padded to bytes; bf16 factors of rank 4
+    assert layer["storage_bits"] == 64 * (32 * 3 + 2 * 16 + 8) + (64 + 32) * 4 * 16
+
+
+def test_eval_json_with_reference(folder, compressed):
+    result = call("eval", compressed, "--text", folder / "text.txt", "--context", 64, "--reference", folder / "dense",
+                  "--json")  # fmt: skip
+    found = json.loads(result.stdout)
+    assert {"perplexity", "bits_per_byte", "tokens", "bits_per_weight", "weight_bytes", "kl", "top1_agreement"} <= set(found)
+    dense = json.loads(call("eval", folder / "dense", "--text", folder / "text.txt", "--context", 64, "--json").stdout)
+    assert dense["bits_per_weight"] == 16
+    assert found["weight_bytes"] < dense["weight_bytes"]
+    assert found["kl"] > 0
+
+
+def test_inspect_and_tables(folder, compressed):
+    manifest = json.loads(call("inspect", compressed, "--json").stdout)
+    assert len(manifest["layers"]) == 14
+    assert "int3 g16 + rank 4" in call("inspect", compressed).stdout
+    assert "perplexity" in call("eval", compressed, "--text", folder / "text.txt", "--context", 64).stdout
+    assert "svd_llm" in call("recipes").stdout
+
+
+def test_statistics_are_written_then_reused(folder):
+    stats = folder / "stats.safetensors"
+    base = ["compress", folder / "dense", "--recipe", "gptq", "--bits", 4, "--group-size", 16]
+    call(*base, "--calib", folder / "calib.txt", "--stats", stats, "--out", folder / "a", "--sequences", 8)
+    assert stats.is_file()
+    call(*base, "--stats", stats, "--out", folder / "b")
+    a, b = (json.loads(call("inspect", folder / name, "--json").stdout)["layers"] for name in "ab")
+    for name, layer in a.items():
+        assert layer["report"]["relative_error"] == b[name]["report"]["relative_error"]
+
+
+BASE = ["--recipe", "rtn", "--bits", 4, "--group-size", 16, "--out", "never"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "nowhere", *BASE], "does not exist"),
+        (["compress", "{dense}", "--recipe", "magic", "--out", "never"], "unknown recipe 'magic'; expected one of svd, "),
+        (["compress", "{dense}", "--recipe", "rtn", "--bits", 5, "--out", "never"], "IntFormat(bits=5) is not supported"),
+        (["compress", "{dense}", "--recipe", "rtn", "--bits", 4, "--group-size", 48, "--out", "never"], "does not divide"),
+        (["compress", "{dense}", "--recipe", "svd", "--rank", 999, "--out", "never"], "outside 0 <= rank"),
+        (["compress", "{dense}", "--recipe", "svd", "--rank", 2, "--bpw", 3, "--out", "never"], "exclude each other"),
+        (["compress", "{dense}", *BASE, "--calib", "{short}"], "shorter than one window"),
+        (["compress", "{dense}", "--recipe", "rtn", "--bits", 4, "--out", "{dense}"], "exists"),
+        (["compress", "{dense}", *BASE, "--device", "cuda:7"], "cannot be used"),
+        (["eval", "{dense}", "--text", "{missing}"], "does not exist"),
+        (["inspect", "{dense}"], "tnc.json"),
+    ],
+)
+def test_mistakes_are_explained_and_nothing_is_written(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("too short")
+    places = {"dense": folder / "dense", "short": tmp_path / "short.txt", "missing": tmp_path / "missing.txt"}
+    result = call(*(str(a).format(**places) for a in arguments), code=2)
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "never").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name not in {"short.txt"}]
+
+
+def test_pickle_only_folder_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "dense", tmp_path / "pickle")
+    for file in (tmp_path / "pickle").glob("*.safetensors"):
+        file.rename(file.with_name("pytorch_model.bin"))
+    result = call("compress", tmp_path / "pickle", *BASE[:-1], tmp_path / "never", code=2)
+    assert "pickle" in result.output
+
+
+def test_interrupt_leaves_nothing(folder, tmp_path, monkeypatch):
+    import tnc.cli.compress as command
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compress", stop)
+    result = call("compress", folder / "dense", *BASE[:-1], tmp_path / "never", code=130)
+    assert "interrupted" in result.output
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,37 @@
+"""The public surface: a name added or taken away is a decision, made here."""
+
+import inspect
+import subprocess
+import sys
+
+import tnc
+
+PUBLIC = {
+    "RECIPES", "BitsPerWeight", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact",
+    "Expression", "FactoredLinear", "IntFormat", "LayerReport", "LayerStats", "LowRank", "LowRankStage", "Metric",
+    "ModelReport", "Moments", "Product", "Quantized", "QuantizeStage", "Rank", "Recipe", "RelativeError", "Subspace",
+    "Sum", "TNCError", "calibrate", "compensate", "compress", "decompose", "evaluate", "gptq", "load_checkpoint",
+    "load_stats", "pooled_ranks", "recipe", "rtn", "save_checkpoint", "save_stats", "spectrum", "truncated_svd",
+}  # fmt: skip
+
+
+def test_public_names_are_pinned():
+    assert set(tnc.__all__) == PUBLIC
+    assert list(tnc.__all__) == sorted(tnc.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in tnc.__all__:
+        thing = getattr(tnc, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert inspect.getdoc(thing), name
+
+
+def test_import_is_quiet_and_needs_no_extra():
+    code = (
+        "import sys; import tnc; "
+        "print([m for m in ('transformers', 'hypothesis', 'matplotlib', 'typer', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""

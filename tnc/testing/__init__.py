@@ -1,0 +1,29 @@
+"""Hypothesis strategies and laws for terms, decomposers and quantizers of your own.
+
+    from tnc.testing import check_decomposer
+
+    check_decomposer(my_svd)
+
+A check runs every law on many small problems, from the widest domain on: 1 x n weights, rank 0 and full,
+singular statistics, scales 1e-6 to 1e6, four dtypes. It raises `tnc.errors.LawError` with the name of the
+first law that is broken, what was expected, and the smallest case that breaks it, as a line of code.
+Needs the ``test`` extra; ``import tnc`` alone never imports Hypothesis.
+"""
+
+from tnc.testing._hypothesis import require_hypothesis
+
+require_hypothesis()
+
+from tnc.testing.decomposer_laws import check_decomposer  # noqa: E402
+from tnc.testing.expressions import expressions  # noqa: E402
+from tnc.testing.matrices import HESSIANS, SPECTRA, make_hessian, make_weight  # noqa: E402
+from tnc.testing.problems import METRICS, WeightedProblem, make_problem  # noqa: E402
+from tnc.testing.quantizer_laws import check_quantizer  # noqa: E402
+from tnc.testing.strategies import formats, hessians, weighted_problems, weights  # noqa: E402
+from tnc.testing.term_laws import check_term  # noqa: E402
+
+__all__ = [
+    "HESSIANS", "METRICS", "SPECTRA", "WeightedProblem", "check_decomposer", "check_quantizer", "check_term",
+    "expressions", "formats", "hessians", "make_hessian", "make_problem", "make_weight", "weighted_problems",
+    "weights",
+]  # fmt: skip

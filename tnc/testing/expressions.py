@@ -1,0 +1,102 @@
+"""Random expressions: every registered kind of term, alone and nested in sums and products.
+
+A new kind of leaf joins with one builder in the table below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from hypothesis import strategies as st
+
+from tnc.errors import RecipeError
+from tnc.terms import Dense, Diagonal, Expression, LowRank, Product, Quantized, Sum
+from tnc.testing.strategies import SEEDS, formats, shapes
+
+Leaf = Callable[[st.DrawFn, tuple[int, int]], Expression]
+
+_SIZES = (1, 2, 3, 5, 8, 13)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def expressions(
+    shape: tuple[int, int] | None = None, *, kinds: Sequence[str] | None = None, depth: int = 2
+) -> st.SearchStrategy[Expression]:
+    """Expressions of at most 13 x 13 with ``depth`` levels of `Sum` and `Product` above the leaves.
+
+    Args:
+        shape: (out_features, in_features); ``None`` draws one.
+        kinds: kinds of leaves, by default all; ``diagonal`` appears where a square term fits.
+        depth: 0 gives leaves only.
+
+    Raises:
+        RecipeError: for a kind without a builder here, or where none of the kinds has that shape.
+    """
+    chosen = tuple(_LEAVES) if kinds is None else tuple(kinds)
+    for kind in chosen:
+        if kind not in _LEAVES:
+            known = ", ".join(_LEAVES)
+            raise RecipeError(f"no strategy for terms of kind {kind!r}; expected one of {known}.")
+    if shape is not None and shape[0] != shape[1] and not set(chosen) - _SQUARE:
+        raise RecipeError(f"{', '.join(chosen)} terms are square; got shape {shape}. Add another kind.")
+    if shape is None and not set(chosen) - _SQUARE:
+        return st.sampled_from(_SIZES).flatmap(lambda size: _expressions((size, size), chosen, depth))
+    if shape is None:
+        return shapes(_SIZES).flatmap(lambda drawn: _expressions(drawn, chosen, depth))
+    return _expressions(shape, chosen, depth)
+
+
+@st.composite
+def _expressions(draw: st.DrawFn, shape: tuple[int, int], kinds: tuple[str, ...], depth: int) -> Expression:
+    form = draw(st.sampled_from(("leaf", "sum", "product"))) if depth else "leaf"
+    if form == "sum":
+        count = draw(st.integers(1, 3))
+        return Sum(tuple(draw(_expressions(shape, kinds, depth - 1)) for _ in range(count)))
+    if form == "product":
+        inner = draw(st.lists(st.sampled_from(_inner_sizes(shape, kinds)), max_size=2))
+        pairs = zip((shape[0], *inner), (*inner, shape[1]), strict=True)
+        return Product(tuple(draw(_expressions(pair, kinds, depth - 1)) for pair in pairs))
+    fitting = [k for k in kinds if k not in _SQUARE or shape[0] == shape[1]]
+    return _LEAVES[draw(st.sampled_from(fitting))](draw, shape)
+
+
+def _inner_sizes(shape: tuple[int, int], kinds: tuple[str, ...]) -> tuple[int, ...]:
+    return _SIZES if set(kinds) - _SQUARE else (shape[0],)
+
+
+def _dense(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    return Dense(_gaussian(draw, shape))
+
+
+def _diagonal(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    return Diagonal(_gaussian(draw, shape[:1]))
+
+
+def _low_rank(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    rank = draw(st.integers(0, min(shape)))
+    return LowRank(_gaussian(draw, (shape[0], rank)), _gaussian(draw, (rank, shape[1])))
+
+
+def _quantized(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    format = draw(formats(shape[1]))
+    groups = shape[1] // format.group_of(shape[1])
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    codes = torch.randint(format.levels, shape, generator=generator)
+    zero = torch.randint(format.levels, (shape[0], groups), generator=generator)
+    scale = torch.rand(shape[0], groups, generator=generator) + 0.01
+    return Quantized.from_codes(codes, scale.to(draw(st.sampled_from(_DTYPES))), zero, format)
+
+
+def _gaussian(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    return torch.randn(shape, generator=generator).to(draw(st.sampled_from(_DTYPES)))
+
+
+_LEAVES: dict[str, Leaf] = {
+    "dense": _dense,
+    "low_rank": _low_rank,
+    "quantized": _quantized,
+    "diagonal": _diagonal,
+}
+_SQUARE = {"diagonal"}

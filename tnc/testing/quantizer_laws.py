@@ -1,0 +1,213 @@
+"""Laws of functions ``(weight, stats, format) -> Quantized`` (or an expression with quantized leaves)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tnc.errors import TNCError
+from tnc.formats import IntFormat, pack, packed_length, unpack
+from tnc.stats import LayerStats
+from tnc.terms import Expression, Product, Quantized, Sum, dense64
+from tnc.testing.harness import Law, require, search_laws
+from tnc.testing.problems import WeightedProblem
+from tnc.testing.strategies import formats, weighted_problems
+
+Quantizer = Callable[[Tensor, LayerStats, IntFormat], Expression]
+
+
+@dataclass(frozen=True)
+class FormatCase:
+    """A problem and a number format that fits its weight."""
+
+    problem: WeightedProblem
+    format: IntFormat
+
+    def __str__(self) -> str:
+        weight = self.problem.weight
+        return (
+            f"Smallest failing case: {self.format}, weight {tuple(weight.shape)} {weight.dtype}\n"
+            f"Rebuild it: problem = {self.problem!r}; "
+            f"quantizer(problem.weight, problem.stats, tnc.{self.format})"
+        )
+
+
+def check_quantizer(
+    quantizer: Quantizer,
+    *,
+    nearest: bool = False,
+    problems: st.SearchStrategy[WeightedProblem] | None = None,
+    max_examples: int = 50,
+    seed: int | None = 0,
+) -> tuple[str, ...]:
+    """Check a quantizer on many small problems in every `IntFormat` that fits them.
+
+    Args:
+        quantizer: ``quantizer(weight, stats, format)``, weight (m, n), returns a `Quantized` term, or an
+            expression whose `Quantized` leaves are then checked.
+        nearest: whether every entry must be the nearest point of its group's grid (round to nearest).
+        problems: domain to search; ``None`` is all of `weighted_problems`.
+        max_examples: cases tried a law.
+        seed: of the search; ``None`` searches elsewhere every time.
+
+    Returns:
+        The names of the laws that hold.
+
+    Raises:
+        LawError: at the first broken law: its name, what was expected, the smallest failing case.
+    """
+    laws = (*_LAWS, codes_are_nearest) if nearest else _LAWS
+    cases = _cases(weighted_problems() if problems is None else problems)
+    return search_laws(laws, quantizer, cases, max_examples=max_examples, seed=seed)
+
+
+@st.composite
+def _cases(draw: st.DrawFn, problems: st.SearchStrategy[WeightedProblem]) -> FormatCase:
+    problem = draw(problems)
+    return FormatCase(problem, draw(formats(problem.weight.shape[1])))
+
+
+def shape_is_kept(quantizer: Quantizer, case: FormatCase) -> None:
+    """The result is an expression of the weight's shape."""
+    result = _run(quantizer, case)
+    require(isinstance(result, Expression), f"expected an Expression; got {type(result).__name__}")
+    expected = tuple(case.problem.weight.shape)
+    require(tuple(result.shape) == expected, f"expected shape {expected}; got {tuple(result.shape)}")
+
+
+def codes_are_in_range(quantizer: Quantizer, case: FormatCase) -> None:
+    """Codes and zeros are packed bytes whose padding is zero, and packing them again gives the same bytes."""
+    for leaf in _quantized_leaves(_run(quantizer, case)):
+        bits = leaf.format.bits
+        packed = {"codes": (leaf.codes, leaf.shape[1]), "zero": (leaf.zero, leaf.scale.shape[1])}
+        for name, (stored, count) in packed.items():
+            if stored is None:
+                continue
+            require(stored.dtype == torch.uint8, f"expected packed uint8 {name}; got {stored.dtype}")
+            again = pack(unpack(stored, bits, count), bits)
+            require(torch.equal(again, stored), f"expected {name} of {bits} bits with zero padding")
+
+
+def values_are_finite(quantizer: Quantizer, case: FormatCase) -> None:
+    """The decoded matrix is finite."""
+    finite = bool(torch.isfinite(dense64(_run(quantizer, case))).all())
+    require(finite, "expected finite decoded values; got NaN or Inf")
+
+
+def inputs_are_unchanged(quantizer: Quantizer, case: FormatCase) -> None:
+    """Weight and second moment are as before."""
+    held = {"weight": case.problem.weight, "stats.hessian": case.problem.stats.hessian}
+    before = {name: tensor.clone() for name, tensor in held.items()}
+    _run(quantizer, case)
+    changed = [name for name, copy in before.items() if not torch.equal(copy, held[name])]
+    require(not changed, f"expected unchanged inputs; {', '.join(changed)} changed in place")
+
+
+def storage_is_what_the_format_says(quantizer: Quantizer, case: FormatCase) -> None:
+    """Packed codes, 16 bits a scale, and packed zeros when asymmetric: nothing else."""
+    for leaf in _quantized_leaves(_run(quantizer, case)):
+        require(leaf.format == case.format, f"expected codes in {case.format}; got {leaf.format}")
+        rows, columns = leaf.shape
+        groups = columns // case.format.group_of(columns)
+        zeros = 0 if case.format.symmetric else packed_length(groups, case.format.bits)
+        expected = 8 * rows * (packed_length(columns, case.format.bits) + 2 * groups + zeros)
+        require(
+            leaf.storage_bits == expected,
+            f"expected {expected} stored bits with 16 bits a scale; got {leaf.storage_bits}",
+        )
+
+
+def zero_gives_zero(quantizer: Quantizer, case: FormatCase) -> None:
+    """The zero weight is reproduced exactly."""
+    result = quantizer(torch.zeros_like(case.problem.weight), case.problem.stats, case.format)
+    require(not bool(dense64(result).any()), "expected exact zeros for the case's weight times 0")
+
+
+def zero_columns_stay_zero(quantizer: Quantizer, case: FormatCase) -> None:
+    """Columns of zeros come back as exact zeros where inputs are uncorrelated, so that 0 is on every grid."""
+    weight = case.problem.weight.clone()
+    weight[:, ::2] = 0
+    result = quantizer(weight, _uncorrelated(case.problem.stats), case.format)
+    require(
+        not bool(dense64(result)[:, ::2].any()),
+        "expected exact zeros in the columns set to zero (the even ones, with the diagonal of H)",
+    )
+
+
+def no_worse_than_zero(quantizer: Quantizer, case: FormatCase) -> None:
+    """Where inputs are uncorrelated, rounding costs at most what dropping the weight would."""
+    stats = _uncorrelated(case.problem.stats)
+    weight = case.problem.weight.double()
+    result = dense64(quantizer(case.problem.weight, stats, case.format))
+    share = stats.hessian.diagonal()
+    error, whole = float(((weight - result) ** 2 * share).sum()), float((weight**2 * share).sum())
+    require(
+        error <= whole * (1 + 1e-6),
+        f"expected a squared error of at most {whole:.9g}, that of all zeros, in the diagonal of H; "
+        f"got {error:.9g}",
+    )
+
+
+def values_scale_with_the_weight(quantizer: Quantizer, case: FormatCase) -> None:
+    """Four times the weight is rounded to four times the values, while scales keep their dtype."""
+    weight, stats = case.problem.weight, case.problem.stats
+    once, larger = _run(quantizer, case), quantizer(4 * weight, stats, case.format)
+    if [t.dtype for t in once.tensors().values()] != [t.dtype for t in larger.tensors().values()]:
+        return
+    difference = float((dense64(larger) / 4 - dense64(once)).abs().max())
+    require(
+        difference <= 1e-6 * float(dense64(once).abs().max()),
+        f"expected 4 times the values for 4 times the weight; they differ by 4 times {difference:.9g}",
+    )
+
+
+def nonfinite_is_refused(quantizer: Quantizer, case: FormatCase) -> None:
+    """A weight with NaN or Inf raises a `TNCError`."""
+    for value in (float("nan"), float("inf")):
+        weight = case.problem.weight.clone()
+        weight[-1, -1] = value
+        try:
+            quantizer(weight, case.problem.stats, case.format)
+        except TNCError:
+            continue
+        require(False, f"expected a TNCError for a weight whose last entry is {value}; got a result")
+
+
+def codes_are_nearest(quantizer: Quantizer, case: FormatCase) -> None:
+    """Every entry is the nearest of all points of its grid; inside the grid's range, within half a scale."""
+    weight = case.problem.weight.double()
+    for leaf in _quantized_leaves(_run(quantizer, case)):
+        scale, zero = leaf.scale.double().unsqueeze(-1), leaf.zeros().double().unsqueeze(-1)
+        grid = scale * (torch.arange(leaf.format.levels) - zero)  # (rows, groups, levels)
+        entries = weight.reshape(*leaf.scale.shape, -1, 1)
+        best = (entries - grid.unsqueeze(2)).abs().amin(-1).reshape(weight.shape)
+        rounding = 4 * torch.finfo(torch.float32).eps * (weight.abs() + dense64(leaf).abs())
+        excess = (weight - dense64(leaf)).abs() - best - rounding
+        require(not bool((excess > 0).any()), "expected the nearest point of the grid for every entry")
+
+
+_LAWS: tuple[Law[Quantizer, FormatCase], ...] = (
+    shape_is_kept, codes_are_in_range, values_are_finite, inputs_are_unchanged,
+    storage_is_what_the_format_says, zero_gives_zero, zero_columns_stay_zero, no_worse_than_zero,
+    values_scale_with_the_weight, nonfinite_is_refused,
+)  # fmt: skip
+
+
+def _run(quantizer: Quantizer, case: FormatCase) -> Expression:
+    return quantizer(case.problem.weight, case.problem.stats, case.format)
+
+
+def _uncorrelated(stats: LayerStats) -> LayerStats:
+    return LayerStats.from_hessian(torch.diag(stats.inputs.diagonal), tokens=stats.tokens)
+
+
+def _quantized_leaves(expression: Expression) -> Iterator[Quantized]:
+    if isinstance(expression, Quantized):
+        yield expression
+    elif isinstance(expression, Sum | Product):
+        for term in expression.terms:
+            yield from _quantized_leaves(term)
