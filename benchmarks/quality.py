@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,16 @@ from tnc.models.hf import load_model, load_tokenizer
 from tnc.models.text import calibration_batches, read_text, token_windows
 
 
-def variants(group_size: int) -> list[Recipe]:
-    """Quantized, quantized + low rank, and low rank at 80 and 60 % of the parameters."""
-    found = []
-    for bits in (2, 3, 4):
-        base = {"bits": bits, "group_size": group_size}
+def variants(group_size: int, only: str) -> list[Recipe]:
+    """Low rank at 80 and 60 % of the parameters, quantized, and quantized + low rank; names matching ``only``."""
+    sizes = [BitsPerWeight(16 * share) for share in (0.8, 0.6)]
+    found = [recipe(n, rank=size) for size in sizes for n in ("svd", "asvd", "svd_llm", "svd_fisher", "svd_pooled")]
+    for bits in (3, 4, 2):
+        base = {"bits": bits, "group_size": group_size or None}
         found += [recipe("rtn", **base), recipe("gptq", **base)]
-        found += [recipe(name, **base, rank=rank) for rank in (8, 16, 32) for name in ("eora", "qlr_fisher")]
-        found += [recipe(name, **base, rank=16) for name in ("lorc", "lqer", "qera")]
-    for share in (0.8, 0.6):
-        size = BitsPerWeight(16 * share)
-        found += [recipe(n, rank=size) for n in ("svd", "asvd", "svd_llm", "svd_fisher", "svd_pooled")]
-    return found
+        found += [recipe("eora", **base, rank=rank) for rank in (8, 16, 32)]
+        found += [recipe(name, **base, rank=16) for name in ("qlr_fisher", "qera", "lqer", "lorc")]
+    return [each for each in found if re.search(only, each.describe())]
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,8 +50,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     stats = calibrate(model, batches, seed=arguments.seed)
     print(f"calibration: {time.perf_counter() - start:.1f} s", flush=True)
     windows = list(token_windows(tokenizer, read_text(arguments.text), arguments.context))[: arguments.windows]
-    chosen = variants(arguments.group_size)
-    rows = []
+    chosen = variants(arguments.group_size, arguments.only)
+    dense = evaluate_many({"dense": model}, windows)["dense"].to_json()
+    print(f"dense: perplexity {dense['perplexity']:.3f} on {dense['tokens']} tokens", flush=True)
+    result: dict[str, Any] = {
+        "machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "dense": dense,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
     for at in range(0, len(chosen), arguments.together):
         group = {each.describe(): each for each in chosen[at : at + arguments.together]}
         small = {name: compress(model, each, stats=stats, dtype=torch.float16) for name, each in group.items()}
@@ -62,10 +66,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             fields.pop("layers")
             rows.append({"name": each.name, **fields, **scores[name].to_json(), "options": str(each.options)})
             _print(rows[-1])
-    dense = evaluate_many({"dense": model}, windows)["dense"].to_json()
-    print(f"dense: perplexity {dense['perplexity']:.3f} on {dense['tokens']} tokens")
-    return {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "dense": dense,
-            "rows": rows, "prediction": _prediction(rows)}  # fmt: skip
+        _write(arguments.out, {**result, "rows": rows})  # a run that is cut short keeps what it has
+    return {**result, "rows": rows, "prediction": _prediction(rows)}
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _print(row: dict[str, Any]) -> None:
@@ -101,16 +108,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--together", type=int, default=8, help="models held in memory at a time")
+    parser.add_argument("--windows", type=int, help="score only the first ones")
+    parser.add_argument("--group-size", type=int, default=64, help="0 is one group a row")
+    parser.add_argument("--only", default="", help="regular expression on the recipe and its options")
+    parser.add_argument("--together", type=int, default=4, help="models held in memory at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("results/quality.json"))
     arguments = parser.parse_args()
     result = run(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    _write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the demonstration model of ``tnc.models.demo`` on the source of the Python standard library.
 
-    python examples/train_demo_model.py --out demo-out --minutes 7
+    python examples/train_demo_model.py --out demo-out
 
 The model is a byte-level Llama. Training takes minutes on one GPU; ``--minutes 0.5 --batch-size 4`` tries the
 script on a CPU. The folder written loads with ``AutoModelForCausalLM`` and ``AutoTokenizer``.
@@ -66,9 +66,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     others = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}
     letters |= {chr(256 + place): byte for place, byte in enumerate(others)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=dict(sorted(letters.items(), key=lambda item: item[1])), merges=[])
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=dict(sorted(letters.items(), key=lambda item: item[1])), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -168,20 +166,16 @@ def save(model: LlamaForCausalLM, out: Path) -> LlamaForCausalLM:
     byte_tokenizer().save_pretrained(out)
     tokenizer_config = out / "tokenizer_config.json"
     fields = json.loads(tokenizer_config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    tokenizer_config.write_text(
-        json.dumps(fields, indent=2) + "\n"
-    )  # the class name that every transformers knows
+    tokenizer_config.write_text(json.dumps(fields, indent=2) + "\n")  # the class name that every transformers knows
     return LlamaForCausalLM.from_pretrained(out).float()
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    library: Annotated[
-        Path | None, typer.Option(help="Folder of a Python standard library; default: its own.")
-    ] = None,
-    minutes: Annotated[float, typer.Option(help="Time to train, compilation included.")] = 7.0,
-    batch_size: Annotated[int, typer.Option(help="Windows of 512 bytes in a step.")] = 128,
-    learning_rate: float = 4e-3,
+    library: Annotated[Path | None, typer.Option(help="Folder of a Python standard library; default: its own.")] = None,
+    minutes: Annotated[float, typer.Option(help="Time to train, compilation included.")] = 2.4,
+    batch_size: Annotated[int, typer.Option(help="Windows of 512 bytes in a step.")] = 256,
+    learning_rate: float = 8e-3,
     warmup_steps: int = 300,
     weight_decay: float = 0.1,
     seed: int = 0,

@@ -149,8 +149,22 @@ def _top_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _subspace(matrix: Tensor, rank: int, metric: Metric, solver: Subspace) -> ColumnSpace:
-    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    metric = metric.to(matrix.dtype, matrix.device)
+    """Iterate on ``D``, ``H`` and ``G`` with largest entry 1: products of their scales overflow float32."""
+    size = max(map(abs, map(float, matrix.aminmax()))) or 1.0
+    hessian, gradient = _largest(metric.hessian), _largest(metric.gradient)
+    matrix = (matrix if matrix.dtype == torch.float64 else matrix.float()) / size
+    narrow = metric.to(matrix.dtype, matrix.device)
+    unit = Metric(_divided(narrow.hessian, hessian), _divided(narrow.gradient, gradient))
+    space = _iterate(matrix, rank, unit, solver)
+    root_gradient = gradient**0.5
+    return ColumnSpace(
+        space.left / root_gradient,
+        space.right * (size * root_gradient),
+        space.captured * (size**2 * hessian * gradient),
+    )
+
+
+def _iterate(matrix: Tensor, rank: int, metric: Metric, solver: Subspace) -> ColumnSpace:
     width = min(rank + solver.oversample, *matrix.shape)
     generator = torch.Generator().manual_seed(solver.seed)
     sketch = torch.randn(width, matrix.shape[1], generator=generator).to(matrix)
@@ -166,21 +180,31 @@ def _subspace(matrix: Tensor, rank: int, metric: Metric, solver: Subspace) -> Co
 
 
 def _orthonormal(columns: Tensor, metric: Metric) -> Tensor:
-    """G-orthonormal basis of the column space; directions lost in rounding are dropped.
+    """G-orthonormal basis of the column space; directions that G does not see in rounding are dropped.
 
-    Twice ``Y (Yᵀ G Y)^{-½}`` on unit columns with the small Gram matrix in float64 (shifted CholeskyQR's
-    idea, Fukaya et al. 2020, with a rank-revealing eigendecomposition in place of the shift).
+    Householder QR, then ``Q (Qᵀ G Q)^{-½}`` with the small Gram matrix in float64. Without the QR the
+    Gram matrix squares the condition of the columns, which a power step has already raised, and directions
+    are lost: up to 350 % above the optimum for steep G (eigenvalues ``i^-2``), 0.01 % with it.
     """
+    basis: Tensor = torch.linalg.qr(columns / _scale(columns)).Q
     if metric.gradient is None:
-        basis: Tensor = torch.linalg.qr(columns / _scale(columns)).Q
         return basis
-    for _ in range(2):
-        columns = columns / _scale(columns)
-        gram = (columns.double().T @ metric.times_gradient(columns).double()).cpu()
-        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        keep = values > torch.finfo(columns.dtype).eps * values[-1].clamp_min(0)
-        columns = columns @ (vectors[:, keep] / values[keep].sqrt()).to(columns)
-    return columns
+    gram = (basis.double().T @ metric.times_gradient(basis).double()).cpu()
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    keep = values > torch.finfo(basis.dtype).eps * values[-1:].clamp_min(0)
+    basis = basis @ (vectors[:, keep] / values[keep].sqrt()).to(basis)
+    return basis
+
+
+def _largest(side: Tensor | None) -> float:
+    """Largest entry of a PSD side, which is on its diagonal; 1 for the identity and for zeros."""
+    if side is None or side.numel() == 0:
+        return 1.0
+    return float((side if side.ndim == 1 else side.diagonal()).max()) or 1.0
+
+
+def _divided(side: Tensor | None, by: float) -> Tensor | None:
+    return None if side is None else side / by
 
 
 def _scale(columns: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from scipy.linalg.lapack import dpstrf
+from scipy.linalg.lapack import dpstrf  # type: ignore[attr-defined]
 from torch import Tensor
 
 from tnc.errors import ShapeError, StatsError, check_matrix, check_same_shape

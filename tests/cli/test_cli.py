@@ -62,7 +62,8 @@ def test_eval_json_with_reference(folder, compressed):
     result = call("eval", compressed, "--text", folder / "text.txt", "--context", 64, "--reference", folder / "dense",
                   "--json")  # fmt: skip
     found = json.loads(result.stdout)
-    assert {"perplexity", "bits_per_byte", "tokens", "bits_per_weight", "weight_bytes", "kl", "top1_agreement"} <= set(found)
+    promised = {"perplexity", "bits_per_byte", "tokens", "bits_per_weight", "weight_bytes", "kl", "top1_agreement"}
+    assert promised <= set(found)
     dense = json.loads(call("eval", folder / "dense", "--text", folder / "text.txt", "--context", 64, "--json").stdout)
     assert dense["bits_per_weight"] == 16
     assert found["weight_bytes"] < dense["weight_bytes"]
@@ -95,9 +96,9 @@ BASE = ["--recipe", "rtn", "--bits", 4, "--group-size", 16, "--out", "never"]
     ("arguments", "message"),
     [
         (["compress", "nowhere", *BASE], "does not exist"),
-        (["compress", "{dense}", "--recipe", "magic", "--out", "never"], "unknown recipe 'magic'; expected one of svd, "),
-        (["compress", "{dense}", "--recipe", "rtn", "--bits", 5, "--out", "never"], "IntFormat(bits=5) is not supported"),
-        (["compress", "{dense}", "--recipe", "rtn", "--bits", 4, "--group-size", 48, "--out", "never"], "does not divide"),
+        (["compress", "{dense}", "--recipe", "magic", "--out", "never"], "unknown recipe 'magic'; expected one of svd,"),
+        (["compress", "{dense}", "--recipe", "rtn", "--bits", 5, "--out", "never"], "IntFormat(bits=5)"),
+        (["compress", "{dense}", *BASE, "--group-size", 48], "does not divide"),
         (["compress", "{dense}", "--recipe", "svd", "--rank", 999, "--out", "never"], "outside 0 <= rank"),
         (["compress", "{dense}", "--recipe", "svd", "--rank", 2, "--bpw", 3, "--out", "never"], "exclude each other"),
         (["compress", "{dense}", *BASE, "--calib", "{short}"], "shorter than one window"),

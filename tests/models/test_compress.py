@@ -19,7 +19,10 @@ def tiny_llama(dtype=torch.float32, seed=0):
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=50, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():  # as transformers loads a model: rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def tiny_gpt2(seed=0):
@@ -162,7 +165,7 @@ def test_data_free_recipes_need_no_batches_and_others_say_so():
     tnc.compress(model, tnc.recipe("svd", rank=4))
     with pytest.raises(StatsError, match="GPTQ needs calibration statistics"):
         tnc.compress(model, tnc.recipe("gptq", bits=4, group_size=16))
-    with pytest.raises(StatsError, match="0 calibration tokens|zero calibration tokens|no calibration"):
+    with pytest.raises(StatsError, match=r"calibration tokens"):
         tnc.compress(model, tnc.recipe("gptq", bits=4, group_size=16), [])
 
 

@@ -9,7 +9,13 @@ from tnc.errors import ModelError, NonFiniteError
 from tnc.models.blocks import BlockCall, BlockWalk, quiet
 from tnc.models.layers import decoder_blocks, is_linear, select_layers, weight_of
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+}
 
 
 def llama(layers=3, **options):
@@ -140,18 +146,20 @@ def test_blocks_are_the_outer_list():
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_pattern_errors(argument):
-    with pytest.raises(ModelError, match=rf"{argument} pattern '\*.qproj' matches none of 21 layers.*layers.0.self_attn"):
+    with pytest.raises(
+        ModelError, match=rf"{argument} pattern '\*.qproj' matches none of 21 layers.*layers.0.self_attn"
+    ):
         select_layers(llama(), **{argument: ["*.qproj"]})
     with pytest.raises(ModelError, match=rf"{argument}='\*' is one string; expected several.*\['\*'\]"):
         select_layers(llama(), **{argument: "*"})
 
 
 def test_nothing_to_select_errors():
-    with pytest.raises(ModelError, match="together leave none of 21 layers.*Exclude fewer"):
+    with pytest.raises(ModelError, match=r"together leave none of 21 layers.*Exclude fewer"):
         select_layers(llama(), exclude=["*"])
-    with pytest.raises(ModelError, match="LayerNorm has no nn.Linear or Conv1D.*Pass the language model itself"):
+    with pytest.raises(ModelError, match=r"LayerNorm has no nn.Linear or Conv1D.*Pass the language model itself"):
         select_layers(nn.LayerNorm(3))
-    with pytest.raises(ModelError, match="weight_of was given a LayerNorm; expected nn.Linear or Conv1D"):
+    with pytest.raises(ModelError, match=r"weight_of was given a LayerNorm; expected nn.Linear or Conv1D"):
         weight_of(nn.LayerNorm(3))
 
 
@@ -253,7 +261,9 @@ def test_calls_without_tensors():
     with pytest.raises(ModelError, match="called without a tensor; expected hidden states"):
         BlockCall.of((3,), {"mask": None})
     with pytest.raises(ModelError, match="a list without a tensor came out of a block"):
-        BlockWalk(ReturnsNothing(), torch.zeros(1, 2, dtype=torch.long)).run(0, torch.zeros(1), BlockCall(torch.zeros(1), (), {}, None))
+        BlockWalk(ReturnsNothing(), torch.zeros(1, 2, dtype=torch.long)).run(
+            0, torch.zeros(1), BlockCall(torch.zeros(1), (), {}, None)
+        )
 
 
 class ReturnsNothing(nn.Module):
@@ -269,6 +279,39 @@ def snapshot(model):
     """Everything a calibration must not change; tensors by identity and version."""
     return (
         [(name, id(p), p._version, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
-        [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for n, m in model.named_modules()],
+        [
+            (n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__))
+            for n, m in model.named_modules()
+        ],
         getattr(getattr(model, "config", None), "use_cache", None),
     )
+
+
+def test_of_equal_lists_the_outermost_counts():
+    block = nn.Module()
+    block.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    assert list(decoder_blocks(model)) == ["layers.0"]
+
+
+def test_a_head_of_another_name_is_left_out():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.embed_out = nn.Linear(4, 4), nn.Linear(4, 8)
+
+        def get_output_embeddings(self):
+            return self.embed_out
+
+    assert list(select_layers(Model())) == ["inner"]
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_no_cache_while_walking(build):
+    model = build()
+    assert model.config.use_cache
+    ids = torch.randint(0, 16, (1, 5))
+    for call in BlockWalk(model, ids).calls(ids):
+        values = [*call.args, *call.kwargs.values()]
+        assert not any("Cache" in type(value).__name__ for value in values) and call.kwargs.get("use_cache") is not True

@@ -28,9 +28,7 @@ class Case:
 
 
 def hessian_of(n, tokens, generator, correlation=1.0):
-    mix = torch.eye(n, dtype=torch.float64) + correlation * torch.randn(
-        n, n, generator=generator, dtype=torch.float64
-    )
+    mix = torch.eye(n, dtype=torch.float64) + correlation * torch.randn(n, n, generator=generator, dtype=torch.float64)
     x = torch.randn(tokens, n, generator=generator, dtype=torch.float64) @ mix
     return x.T @ x / tokens
 

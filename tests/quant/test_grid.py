@@ -39,9 +39,7 @@ def test_symmetric_uses_the_lowest_code_and_represents_both_ends():
 def test_unclipped_error_is_at_most_half_a_scale(c):
     grid = fit_grid(c.weight, c.format, clip_ratios=(1.0,))
     error = (c.weight.double() - grid.dequantize(grid.quantize(c.weight), dtype=torch.float64)).abs()
-    rounding = (
-        torch.finfo(grid.scale.dtype).eps * c.format.levels / 2
-    )  # of the scale, seen at the range's ends
+    rounding = torch.finfo(grid.scale.dtype).eps * c.format.levels / 2  # of the scale, seen at the range's ends
     assert bool((error <= spread(grid.scale, c.weight.shape[1]) * (0.5 + rounding + 1e-4)).all())
 
 
@@ -71,6 +69,24 @@ def test_clip_search_equals_brute_force_group_by_group(c, weighted):
     least = torch.stack([error(g) for g in single]).amin(0)
     assert torch.allclose(error(grid), least, rtol=1e-9, atol=1e-12 * float(least.max()))
     assert bool((error(grid) <= error(single[0]) * (1 + 1e-12)).all())
+
+
+def test_clip_search_has_no_unit():
+    c = case(1, 4, 2, 16, 3, dtype=torch.float32)
+    diagonal = c.hessian.diagonal()
+    one = fit_grid(c.weight * 2.0**-60, c.format, importance=diagonal)
+    other = fit_grid(c.weight * 2.0**-100, c.format, importance=diagonal * 1e-60)  # squares leave float32
+    assert torch.equal(one.scale * 2.0**-40, other.scale)
+    assert not torch.equal(one.scale, fit_grid(c.weight * 2.0**-60, c.format, clip_ratios=(1.0,)).scale)
+
+
+def test_clip_search_in_parts_is_the_same(monkeypatch):
+    c = case(0, 7, 3, 8, 3)
+    whole = fit_grid(c.weight, c.format)
+    monkeypatch.setattr("tnc.quant.clip._CHUNK", 48)  # two rows a part
+    parts = fit_grid(c.weight, c.format)
+    assert torch.equal(parts.scale, whole.scale)
+    assert torch.equal(parts.zero, whole.zero)
 
 
 def test_clip_search_follows_the_importance():
@@ -143,9 +159,9 @@ def test_zero_groups_have_scale_zero():
     grid = fit_grid(weight, IntFormat(3, 4))
     assert grid.scale[0].tolist() == [0, 0]
     assert grid.scale[1, 0] == 0
-    assert (
-        float(grid.dequantize(grid.quantize(torch.ones(2, 8)))[0].abs().max()) == 0.0
-    )  # whatever is asked of it
+    codes = grid.quantize(torch.full((2, 8), 5.0))  # whatever is asked of it
+    assert codes[0].tolist() == [0] * 8
+    assert float(grid.dequantize(codes)[0].abs().max()) == 0.0
 
 
 @pytest.mark.parametrize("value", [-3.0, 0.7, 100.0])

@@ -65,18 +65,25 @@ def test_at_least_the_smallest_eigenvalue_times_the_plain_error(seed):
     assert bound >= plain * float(torch.linalg.eigvalsh(c.hessian)[0]) * (1 - 1e-9)
 
 
-def test_each_scaling_is_the_best_somewhere():
-    # E = (1, 1) in units of half a scale: the optimum over D with H - D semidefinite is known by hand.
-    weight, format = torch.tensor([[0.5, 0.5, 3.0]]).double(), IntFormat(2, symmetric=False)
-    grid = Grid(torch.ones(1, 1).half(), torch.zeros(1, 1, dtype=torch.uint8), format)
-    equal = torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]).double()
-    assert grid_lower_bound(weight, grid, equal) == pytest.approx(0.5)  # D = 1
-    uneven = torch.diag(torch.tensor([1.0, 100.0, 1.0])).double()
-    assert grid_lower_bound(weight, grid, uneven) == pytest.approx(25.25)  # D = H, not t = 1
-    coupled = torch.tensor([[5.0, 0.0, 0.0], [0.0, 1.0, 0.99], [0.0, 0.99, 1.0]]).double()
-    assert (
-        grid_lower_bound(weight, grid, coupled) > 0.25 * 5 * 0.01
-    )  # only 1 / diag(H^-1) sees that x_1 is free
+PAIR, CHAIN = [[1.0, 0.99], [0.99, 1.0]], [[1.0, 0.6, 0.0], [0.6, 1.0, 0.6], [0.0, 0.6, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "weight", "expected"),
+    [
+        # d = 1 gives t = 1 everywhere; diag(H) gives t = 0.01, 1 / diag(H^-1) t = 1 / 1.99
+        (([[100.0, 99.0], [99.0, 100.0]], [[1.0]]), [0.5, 0.5, 0.5], 0.75),
+        # d = diag(H) gives the chain's t = 1 - 0.6 sqrt(2); d = 1 only t = 0.01, 1 / diag(H^-1) 0.42 * 0.28
+        ((CHAIN, [[0.01]]), [0.0, 0.5, 0.0, 0.0], 0.25 * (1 - 0.6 * 2**0.5)),
+        # d = 1 / diag(H^-1) gives t = 1 / 1.99, d = (0.0199, 0.0199, 5); the other two t = 0.01
+        ((PAIR, [[5.0]]), [0.5, 0.5, 0.5], 0.25 * (2 * 0.0199 + 5) / 1.99),
+    ],
+    ids=["plain", "diagonal", "inverse"],
+)
+def test_each_scaling_is_the_best_somewhere(blocks, weight, expected):
+    hessian = torch.block_diag(*(torch.tensor(b).double() for b in blocks))
+    grid = Grid(torch.ones(1, 1).half(), torch.zeros(1, 1, dtype=torch.uint8), IntFormat(2))
+    assert grid_lower_bound(torch.tensor([weight]), grid, hessian) == pytest.approx(expected, rel=1e-6)
 
 
 def test_zero_for_singular_h():

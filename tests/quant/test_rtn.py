@@ -82,9 +82,7 @@ def test_inputs_unchanged():
 
 def test_views_are_accepted():
     weight = torch.randn(16, 24).T
-    assert torch.equal(
-        rtn(weight, IntFormat(4, 8)).to_dense(), rtn(weight.contiguous(), IntFormat(4, 8)).to_dense()
-    )
+    assert torch.equal(rtn(weight, IntFormat(4, 8)).to_dense(), rtn(weight.contiguous(), IntFormat(4, 8)).to_dense())
 
 
 QUANTIZERS = [lambda w, f, s: rtn(w, f, stats=s), lambda w, f, s: gptq(w, s, f)]

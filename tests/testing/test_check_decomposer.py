@@ -1,6 +1,7 @@
 """`check_decomposer`: the library's decomposers obey the laws, and each broken one is caught by name."""
 
 import itertools
+import math
 import re
 
 import pytest
@@ -35,7 +36,7 @@ def changed(change):
 
 
 def test_truncated_svd_is_optimal_in_every_metric():
-    assert check_decomposer(best, optimal=True) == (*LAWS, "error_equals_the_tail")
+    assert check_decomposer(best, optimal=True, max_examples=30) == (*LAWS[:6], "error_equals_the_tail", *LAWS[6:])
 
 
 def test_compensating_an_empty_base_is_truncated_svd():
@@ -43,7 +44,7 @@ def test_compensating_an_empty_base_is_truncated_svd():
         empty = LowRank(weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1]))
         return compensate(weight, empty, rank, metric=metric)
 
-    check_decomposer(decomposer, optimal=True, max_examples=25)
+    check_decomposer(decomposer, optimal=True, max_examples=15)
 
 
 def test_subspace_iteration_on_moderate_statistics():
@@ -51,7 +52,7 @@ def test_subspace_iteration_on_moderate_statistics():
         return truncated_svd(weight, rank, metric=metric, solver=Subspace())
 
     problems = weighted_problems(hessians=("full", "identity", "deficient"))
-    check_decomposer(decomposer, problems=problems, max_examples=25)
+    check_decomposer(decomposer, problems=problems, max_examples=15)
 
 
 def swapped_axes(weight, rank, metric):
@@ -95,17 +96,17 @@ def without_gradient(weight, rank, metric):
     return truncated_svd(weight, rank, metric=type(metric)(metric.hessian))
 
 
-def smallest_for_odd_ranks(weight, rank, metric):
+def smallest_for_even_ranks(weight, rank, metric):
     full = best(weight, min(weight.shape), metric)
-    kept = slice(full.rank - rank, None) if rank % 2 else slice(0, rank)
+    kept = slice(0, rank) if rank % 2 else slice(full.rank - rank, None)
     return LowRank(full.left[:, kept], full.right[kept])
 
 
-def crude_for_large_weights(weight, rank, metric):
-    """Keeps the first directions of the standard basis once an entry exceeds 1."""
-    if rank == min(weight.shape) or weight.abs().max() <= 1:
+def lazy_at_some_scales(weight, rank, metric):
+    """Leaves out a rank, but not the last, where the exponent of the largest entry says so."""
+    if rank == min(weight.shape) or math.frexp(float(weight.abs().max()))[1] // 2 % 2:
         return best(weight, rank, metric)
-    return LowRank(torch.eye(weight.shape[0], dtype=weight.dtype)[:, :rank], weight[:rank].clone())
+    return best(weight, max(rank - 1, 0), metric)
 
 
 def adds_one_to_zero(weight, rank, metric):
@@ -131,6 +132,13 @@ def inverts_the_hessian(weight, rank, metric):
     return LowRank((U[:, :rank] * s[:rank]).to(weight.dtype), right.to(weight.dtype))
 
 
+# Few choices, so that the search for the smallest case is short; the whole domain is searched above.
+SMALL = weighted_problems(
+    (4, 3), spectra=("flat", "power", "zero"), dtypes=(torch.float64, torch.float32), scales=(1.0, 1e2),
+    hessians=("identity", "full", "deficient"), metrics=("identity", "full", "fisher"),
+)  # fmt: skip
+CURVED = weighted_problems((4, 3), spectra=("power", "flat"), hessians=("full", "deficient"), metrics=("fisher",))
+
 BROKEN = {
     swapped_axes: "shape_is_kept",
     lambda weight, rank, metric: best(weight, rank, metric).to_dense(): "shape_is_kept",
@@ -146,8 +154,8 @@ BROKEN = {
     changed(lambda left, right: (-left, right)): "full_rank_reconstructs",
     changed(lambda left, right: (left, right.flip(1))): "full_rank_reconstructs",
     changed(lambda left, right: (left, 0.99 * right)): "full_rank_reconstructs",
-    smallest_for_odd_ranks: "rank_never_hurts",
-    crude_for_large_weights: "error_scales_with_the_weight",
+    smallest_for_even_ranks: "rank_never_hurts",
+    lazy_at_some_scales: "error_scales_with_the_weight",
 }
 
 
@@ -156,13 +164,13 @@ BROKEN = {
 )
 def test_a_broken_decomposer_is_caught_by_its_law(decomposer, law):
     with pytest.raises(LawError, match=rf"^{law}: "):
-        check_decomposer(decomposer)
+        check_decomposer(decomposer, problems=SMALL, max_examples=15)
 
 
 @pytest.mark.parametrize("decomposer", (plain_svd, without_gradient))
 def test_ignoring_the_metric_is_not_optimal(decomposer):
     with pytest.raises(LawError, match=r"^error_equals_the_tail: expected the optimal error"):
-        check_decomposer(decomposer, optimal=True)
+        check_decomposer(decomposer, optimal=True, problems=CURVED, max_examples=10)
 
 
 def test_ignoring_the_metric_may_hurt_with_more_rank():
@@ -172,7 +180,7 @@ def test_ignoring_the_metric_may_hurt_with_more_rank():
 
 def test_the_message_holds_the_smallest_case_as_code():
     with pytest.raises(LawError) as caught:
-        check_decomposer(changed(lambda left, right: (-left, right)))
+        check_decomposer(changed(lambda left, right: (-left, right)), max_examples=20)
     message = str(caught.value)
     assert "Smallest failing case: rank 0, weight (1, 1) torch.float64" in message
     code = re.search(r"problem = (tnc\.testing\.make_problem\(.*?\)); decomposer", message).group(1)
@@ -188,7 +196,7 @@ def test_an_exception_names_the_law_and_keeps_its_cause():
         return best(weight, rank, metric)
 
     with pytest.raises(LawError, match=r"^shape_is_kept: raised ValueError: too wide; expected") as caught:
-        check_decomposer(fails_for_wide)
+        check_decomposer(fails_for_wide, max_examples=20)
     assert isinstance(caught.value.__cause__, ValueError)
     assert "weight (1, 4)" in str(caught.value)
 
@@ -197,7 +205,7 @@ def test_a_decomposer_that_is_not_deterministic_is_named():
     calls = itertools.count()
 
     def by_turns(weight, rank, metric):
-        return best(weight if next(calls) % 2 else weight.repeat(2, 1), rank, metric)
+        return best(weight if next(calls) != 3 else weight.repeat(2, 1), rank, metric)
 
     with pytest.raises(LawError, match=r"^shape_is_kept: holds or breaks by turns"):
         check_decomposer(by_turns)

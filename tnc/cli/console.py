@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -11,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-_OUT = Console()
+_WIDTH = 160  # of tables that do not go to a terminal: files and pipes cut nothing off
+
+_OUT = Console(width=None if sys.stdout.isatty() else _WIDTH)
 _ERR = Console(stderr=True)
 
 
@@ -47,7 +50,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
         numeric = all(_is_number(row[i]) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric or i == 0)
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     for row in rows:
         table.add_row(*row)
     _OUT.print(table)

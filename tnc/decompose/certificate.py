@@ -27,7 +27,8 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
         metric: input-side metric in which the error is reported.
 
     Returns:
-        The bound (absolute, not squared) and a note where no bound better than 0 was computed.
+        The bound (absolute, not squared, its float64 rounding taken off), and a note where no bound better
+        than 0 was computed.
 
     Cost: an eigenproblem of the smaller side (low rank) or of H (quantized).
     """
@@ -36,11 +37,18 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
         if min(weight.shape) > SPECTRUM_LIMIT:
             return 0.0, f"lower bound not computed: smaller side above {SPECTRUM_LIMIT}"
         residual = weight.double() - sum(dense64(t) for t in rest)
-        return float(spectrum(residual, metric)[low_rank.rank :].norm()), None
+        tail = float(spectrum(residual, metric)[low_rank.rank :].square().sum())
+        return max(tail - _rounding(residual, metric), 0.0) ** 0.5, None
     if isinstance(operator, Quantized):
         hessian = torch.eye(weight.shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian
         return grid_lower_bound(weight, operator, hessian) ** 0.5, None
     return 0.0, None
+
+
+def _rounding(residual: Tensor, metric: Metric) -> float:
+    """Rounding of the float64 Gram matrix behind `spectrum`, squared units: what a tail of zeros may look like."""
+    h = 1.0 if metric.hessian is None else float(metric.hessian.double().norm())
+    return sum(residual.shape) * torch.finfo(torch.float64).eps * float(residual.norm()) ** 2 * h
 
 
 def _split(operator: Expression) -> tuple[LowRank | None, tuple[Expression, ...]]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnc.column_space import ColumnSpace, Exact, Solver, column_space, spectrum
-from tnc.decompose.sizes import BitsPerWeight, RelativeError, Size, fixed_rank, rank_within_bits, rank_within_error
+from tnc.column_space import ColumnSpace, Exact, Solver, column_space
+from tnc.decompose.sizes import BitsPerWeight, RelativeError, Size, fixed_rank, rank_within_bits
 from tnc.errors import BudgetError, StatsError, check_matrix, check_same_shape
 from tnc.metric import Metric
 from tnc.stats import LayerStats
@@ -121,7 +121,7 @@ def _fit(
 ) -> LowRankFit:  # fmt: skip
     shape = (weight.shape[0], weight.shape[1])
     if isinstance(size, RelativeError):
-        return _within_error(residual, size, metric, dtype, size.value * metric.norm(weight.double()))
+        return _within_error(residual, size, metric, dtype, metric.norm(weight.double()))
     if isinstance(size, BitsPerWeight):
         rank = rank_within_bits(size, shape, spent_bits, dtype)
     else:
@@ -131,26 +131,34 @@ def _fit(
 
 
 def _within_error(
-    residual: Tensor, size: RelativeError, metric: Metric, dtype: torch.dtype, largest: float
+    residual: Tensor, size: RelativeError, metric: Metric, dtype: torch.dtype, scale: float
 ) -> LowRankFit:
-    """Smallest rank whose error as stored meets the bound; rounding may cost ranks beyond the exact tail's."""
-    limit = min(residual.shape)
-    start = rank_within_error(spectrum(residual, metric), largest)
-    whole = column_space(residual, limit, metric, Exact())
-    best = float("inf")
-    for rank in range(start, limit + 1):
+    """Smallest rank whose error as stored is at most ``size.value * scale``; storage rounding may cost ranks."""
+    whole = column_space(residual, min(residual.shape), metric, Exact())
+    curve = _stored_errors(residual.double(), _stored(whole, whole.left.shape[1], dtype), metric)
+    largest = size.value * scale
+    # the curve's rounding is 1e-14 of its start: candidates within that are measured again
+    for rank in (curve <= largest**2 + 1e-14 * curve[0]).nonzero().flatten().tolist():
         term = _stored(whole, rank, dtype)
-        error = metric.norm(residual.double() - dense64(term))
-        if error <= largest:
+        if metric.norm(residual.double() - dense64(term)) <= largest:
             return LowRankFit(term, float(whole.captured[:rank].sum()))
-        best = min(best, error)
-        if rank >= whole.captured.shape[0]:
-            break
-    reachable = best / largest * size.value if largest > 0 else best
+    reachable = max(float(curve.min()), 0.0) ** 0.5 / scale if scale > 0 else float("inf")
     raise BudgetError(
         f"RelativeError({size.value}) cannot be met with factors stored in {dtype}; the smallest reachable relative "
         f"error is {reachable:.3e}. Ask for more, or store the factors in a wider dtype."
     )
+
+
+def _stored_errors(residual: Tensor, term: LowRank, metric: Metric) -> Tensor:
+    """(rank + 1,) squared errors left by the first 0, 1, ... components of ``term`` as stored, float64.
+
+    ``||D||² - 2 sum_i lᵢᵀ G D H rᵢ + sum_ij (lᵢᵀ G lⱼ)(rᵢᵀ H rⱼ)``, all ranks from one pass over ``D``.
+    """
+    left, right = term.left.double(), term.right.double()
+    cross = ((metric.times_gradient(left).T @ residual) * metric.times_hessian(right)).sum(1)
+    gram = (left.T @ metric.times_gradient(left)) * (metric.times_hessian(right) @ right.T)
+    taken = gram.cumsum(0).cumsum(1).diagonal() - 2 * cross.cumsum(0)
+    return metric.squared_norm(residual) + torch.cat([taken.new_zeros(1), taken])
 
 
 def _stored(space: ColumnSpace, rank: int, dtype: torch.dtype) -> LowRank:

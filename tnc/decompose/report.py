@@ -76,18 +76,19 @@ def measure(
     reference = reference.to(dtype)
     metric = Metric() if stats is None else Metric.full(stats)
     bound, note = lower_bound(weight, operator, metric)
-    norm = metric.norm(reference)
+    norm, relative_error = metric.norm(reference), metric.relative(error, reference)
     return LayerReport(
         shape=(weight.shape[0], weight.shape[1]),
         bits_per_weight=operator.storage_bits / weight.numel(),
         storage_bits=operator.storage_bits,
         bits=_bits_of(operator),
         rank=_rank_of(operator),
-        relative_error=metric.relative(error, reference),
+        relative_error=relative_error,
         heldout_relative_error=_heldout_error(error, reference, stats),
         predicted_nats=predicted_nats(error, stats),
         guaranteed_error=guaranteed_error,
-        lower_bound=bound / norm if norm > 0 else 0.0,
+        # attained by this very operator: above its error a bound is the rounding of the measurement
+        lower_bound=min(bound / norm, relative_error) if norm > 0 else 0.0,
         hessian_rank=None if stats is None else stats.inputs.rank,
         tokens=0 if stats is None else stats.tokens,
         damping=damping,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tnc.errors import BudgetError, check_rank
 
@@ -63,16 +62,13 @@ def rank_within_bits(size: BitsPerWeight, shape: tuple[int, int], spent_bits: in
     """
     rows, columns = shape
     budget = size.value * rows * columns
-    if spent_bits > budget:
+    if spent_bits / (rows * columns) > size.value:
         raise BudgetError(
             f"BitsPerWeight({size.value}) allows {budget:.0f} bits for weight {shape}, but the other terms already "
             f"store {spent_bits}; ask for at least {spent_bits / (rows * columns):.4f} bits or a smaller base format."
         )
     per_rank = (rows + columns) * dtype.itemsize * 8
-    return min(int((budget - spent_bits) // per_rank), rows, columns)
-
-
-def rank_within_error(sigma: Tensor, largest: float) -> int:
-    """Smallest rank k with ``sqrt(sum(sigma[k:]**2)) <= largest``; ``sigma`` is descending."""
-    tails = (sigma**2).flip(0).cumsum(0).flip(0).sqrt()  # tails[k] is the error after rank k
-    return int((tails > largest).sum())
+    rank = int((budget - spent_bits) // per_rank) + 1
+    while (spent_bits + rank * per_rank) / (rows * columns) > size.value:  # as reports divide: products round
+        rank -= 1
+    return min(rank, rows, columns)

@@ -98,7 +98,8 @@ class LowRankStage:
 
     Attributes:
         rank: an int, `Rank`, `RelativeError` or `BitsPerWeight` (the last counts the other terms).
-        metric: the metric made of the statistics; without statistics it is the Frobenius norm.
+        metric: the metric made of the statistics; without statistics it is the Frobenius norm, which is
+            reported as a fallback unless that is what `Metric.auto` or `Metric.identity` mean.
         solver: `Exact` or `Subspace`; ``None`` chooses by size and rank.
         dtype: of the stored factors; ``None`` is the dtype of the weight.
     """
@@ -116,10 +117,14 @@ class LowRankStage:
             target.residual, target.weight, self.rank, metric, solver=self.solver, dtype=dtype,
             spent_bits=target.spent_bits,
         )  # fmt: skip
-        if metric.gradient is not None or (target.stats is not None and self.metric != Metric.full):
+        replaced = target.stats is None and self.metric not in (Metric.auto, Metric.identity)
+        notes = ("no statistics: low rank in the Frobenius norm",) if replaced else ()
+        in_full_hessian = metric.gradient is None and self.metric in (Metric.auto, Metric.full)
+        if target.stats is not None and not in_full_hessian:
             return Fitted(found.term)
         tail = max(metric.squared_norm(target.residual) - found.captured, 0.0) ** 0.5
-        return Fitted(found.term, guaranteed_error=tail / max(metric.norm(target.weight.double()), 1e-300))
+        guaranteed = tail / max(metric.norm(target.weight.double()), 1e-300)
+        return Fitted(found.term, fallbacks=notes, guaranteed_error=guaranteed)
 
 
 @dataclass(frozen=True)

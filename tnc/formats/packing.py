@@ -39,10 +39,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.to(torch.uint8)
     *batch, count = codes.shape
-    groups = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % 8)).reshape(*batch, -1, 8)
+    groups = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % 8)).reshape(*batch, -(-count // 8), 8)
     word = (groups << _shifts(8, bits, codes.device)).sum(-1, keepdim=True)  # (..., count / 8, 1), 8 * bits bits
     packed = (word >> _shifts(bits, 8, codes.device)) & 0xFF  # (..., count / 8, bits)
-    return packed.reshape(*batch, -1)[..., : packed_length(count, bits)].to(torch.uint8)
+    whole: Tensor = packed.flatten(-2)
+    return whole[..., : packed_length(count, bits)].to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -51,15 +52,16 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     *batch, length = packed.shape
-    groups = torch.nn.functional.pad(packed.to(torch.int64), (0, -length % bits)).reshape(*batch, -1, bits)
+    padded = torch.nn.functional.pad(packed.to(torch.int64), (0, -length % bits))
+    groups = padded.reshape(*batch, -(-length // bits), bits)
     word = (groups << _shifts(bits, 8, packed.device)).sum(-1, keepdim=True)
     codes = (word >> _shifts(8, bits, packed.device)) & (2**bits - 1)
-    return codes.reshape(*batch, -1)[..., :count].to(torch.uint8)
+    whole: Tensor = codes.flatten(-2)
+    return whole[..., :count].to(torch.uint8)
 
 
 def _shifts(count: int, step: int, device: torch.device) -> Tensor:
-    shifts: Tensor = torch.arange(count, device=device, dtype=torch.int64) * step
-    return shifts
+    return torch.arange(0, count * step, step, device=device, dtype=torch.int64)
 
 
 def _check_bits(bits: int) -> None:

@@ -1,0 +1,1 @@
+"""Whole models: loading, walking, calibrating, compressing and evaluating them."""

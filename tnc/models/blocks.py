@@ -45,9 +45,7 @@ class BlockCall:
         for name, value in kwargs.items():
             if isinstance(value, Tensor):
                 return cls(value, args, {key: kwargs[key] for key in kwargs if key != name}, name)
-        raise ModelError(
-            "a decoder block was called without a tensor; expected hidden states as its first one."
-        )
+        raise ModelError("a decoder block was called without a tensor; expected hidden states as its first one.")
 
 
 class BlockWalk:
@@ -83,7 +81,7 @@ class BlockWalk:
         return "" in self.blocks
 
     def calls(self, ids: Tensor) -> list[BlockCall]:
-        """What each block is passed for token ids (sequences, tokens); ``hidden`` is true of the first one only.
+        """What each block is passed for token ids (sequences, tokens); ``hidden`` is true of the first only.
 
         Cost: the embedding and the mask; no block runs.
         """
@@ -102,13 +100,10 @@ class BlockWalk:
                 self._forward(ids)
             except _Stop:
                 return calls
-        raise ModelError(
-            "the model's forward never reached its last decoder block; expected every block to run once."
-        )
+        raise ModelError("the model's forward never reached its last decoder block; expected every block to run once.")
 
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-        """Output of block ``index`` on ``hidden``: hidden states for the next block, logits where the model "
-        "is one."""
+        """Output of block ``index``: hidden states for the next one, logits where the model is one block."""
         block, hidden = self._modules[index], hidden.clone()  # a block may add to its input in place
         if call.keyword is None:
             return _first_tensor(block(hidden, *call.args, **call.kwargs))
@@ -146,9 +141,7 @@ class BlockWalk:
         seen: list[tuple[int, BlockCall, Any]] = []
 
         def watch(index: int) -> Callable[..., None]:
-            def hook(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
-            ) -> None:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
                 seen.append((index, BlockCall.of(args, kwargs), output))
 
             return hook
@@ -191,7 +184,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _Stop(Exception):  # noqa: N818
+class _Stop(Exception):
     """Leaves the model's forward once the last block is reached."""
 
 

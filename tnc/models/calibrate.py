@@ -46,7 +46,7 @@ def calibrate(
             tokens are cut out. Read once, token ids kept in memory.
         fisher: calibrate ``G`` too.
         heldout_share: share of the sequences, evenly spread, kept out of H and G; their inputs are
-        ``heldout``.
+            ``heldout``.
         include: glob patterns on layer names, see `select_layers`.
         exclude: the same, of layers to leave out.
         seed: of the labels; sequence i draws from ``(seed, i)``.
@@ -80,15 +80,14 @@ def iter_block_stats(
     include: Iterable[str] | None = None, exclude: Iterable[str] | None = None, seed: int = 0,
     sequential: bool = False, memory_limit_bytes: int = 4 * 2**30, progress: Progress | None = None,
 ) -> Iterator[BlockStats]:  # fmt: skip
-    """Statistics block by block: yields (block index, {layer: statistics}) for each block with selected layers.
+    """Statistics block by block: (block index, {layer: statistics}) for each block with selected layers.
 
     Between two steps the model is in its original state, and the caller may replace the layers just yielded.
 
     - ``fisher=False``: first block to last, one forward pass.
     - ``fisher=True``: **last block to first**, after a forward pass that keeps the input of every block.
     - ``sequential=True``: first to last; a block's H is measured behind the earlier blocks as they are then,
-      so with
-      the layers the caller has put in. With ``fisher`` all G are computed first, on the model as given.
+      with the layers the caller has put in. With ``fisher`` all G come first, from the model as given.
 
     Without ``sequential`` every statistic is of the model as given. Hidden states beyond
     ``memory_limit_bytes`` go to temporary files, exactly. The other arguments and the errors are those of
@@ -240,11 +239,8 @@ def _backward(
             hidden = states.take(("hidden", index, number))
             with quiet(job.model), torch.no_grad(), captures[1].watching():
                 job.walk.run(index, hidden, job.call(batch, index))
-        job.tell(
-            "backward",
-            (last - index) * len(job.sequences) + number + 1,
-            (last - first + 1) * len(job.sequences),
-        )
+        done = (last - index) * len(job.sequences) + number + 1
+        job.tell("backward", done, (last - first + 1) * len(job.sequences))
 
 
 def _backward_step(
@@ -282,9 +278,7 @@ def _collect(
 def _by_block(layers: Mapping[str, nn.Module], walk: BlockWalk) -> dict[int, dict[str, nn.Module]]:
     groups: dict[int, dict[str, nn.Module]] = {}
     for index, block in enumerate(walk.blocks):
-        inside = {
-            name: layer for name, layer in layers.items() if walk.whole or f"{name}.".startswith(f"{block}.")
-        }
+        inside = {name: layer for name, layer in layers.items() if walk.whole or f"{name}.".startswith(f"{block}.")}
         if inside:
             groups[index] = inside
     return groups

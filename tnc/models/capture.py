@@ -64,9 +64,7 @@ class InputCapture:
     def moments(self) -> dict[str, Moments]:
         """Moments of every layer that ran, one object for one set of inputs."""
         means = {slot: sums.moments() for slot, sums in self._sums.items()}
-        merged = {
-            slots: reduce(Moments.merge, [means[slot] for slot in slots]) for slots in self._slots.values()
-        }
+        merged = {slots: reduce(Moments.merge, [means[slot] for slot in slots]) for slots in self._slots.values()}
         return {name: merged[slots] for name, slots in self._slots.items()}
 
     def _add(self, slot: Slot, x: Tensor) -> None:
@@ -105,10 +103,10 @@ class GradientCapture:
         def hook_of(name: str) -> Callable[..., Tensor]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
                 if output.requires_grad:
-                    output.register_hook(lambda gradient: self._add(name, gradient))
+                    output.register_hook(lambda gradient: self._add(name, gradient))  # type: ignore[no-untyped-call]
                     return output
                 leaf = output.detach().requires_grad_()  # nothing before this layer asks for a gradient
-                leaf.register_hook(lambda gradient: self._add(name, gradient))
+                leaf.register_hook(lambda gradient: self._add(name, gradient))  # type: ignore[no-untyped-call]
                 return leaf.clone()
 
             return hook

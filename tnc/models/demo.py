@@ -51,9 +51,7 @@ def demo_text(split: str, *, library: Path | None = None) -> str:
         TextError: if there is no such split, or the folder does not hold the library's sources.
     """
     if split not in SPLITS:
-        raise TextError(
-            f"demo_text({split!r}): there is no such split; use one of {', '.join(map(repr, SPLITS))}."
-        )
+        raise TextError(f"demo_text({split!r}): there is no such split; use one of {', '.join(map(repr, SPLITS))}.")
     folder = Path(sysconfig.get_paths()["stdlib"]) if library is None else library
     _check_sources(folder, split)
     if split in HELD_OUT:

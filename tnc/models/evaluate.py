@@ -80,9 +80,7 @@ def evaluate(
         ModelError: if the windows hold tokens the model does not have, or are longer than it can read.
         NonFiniteError: if the logits give no finite loss.
     """
-    results = evaluate_many(
-        {"model": model}, windows, reference=reference, batch_size=batch_size, progress=progress
-    )
+    results = evaluate_many({"model": model}, windows, reference=reference, batch_size=batch_size, progress=progress)
     return results["model"]
 
 

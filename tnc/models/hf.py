@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from tnc.checkpoint.skeleton import import_transformers
+from tnc.checkpoint.skeleton import dtype_option, import_transformers, quiet
 from tnc.errors import ModelError
 from tnc.models.text import Tokenizer
 
@@ -37,11 +34,11 @@ def load_model(
     folder = _check_folder(path)
     _check_weights(folder)
     transformers = import_transformers()
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True,
-                **{_dtype_option(transformers): "auto" if dtype == "as stored" else dtype},
+                **{dtype_option(transformers): "auto" if dtype == "as stored" else dtype},
             )  # fmt: skip
             _check_complete(folder, info)
             moved: nn.Module = model.to(device).eval()
@@ -68,7 +65,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"folder {folder} has no tokenizer files; expected tokenizer.json and tokenizer_config.json. "
             "Copy them from the original model."
         )
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for one bad folder
@@ -77,12 +74,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 "Copy tokenizer.json and tokenizer_config.json from the original model."
             ) from error
     return tokenizer
-
-
-def _dtype_option(transformers: ModuleType) -> str:
-    """The option was renamed in transformers 4.56."""
-    major, minor = transformers.__version__.split(".")[:2]
-    return "dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype"
 
 
 def _check_exists(path: str | Path) -> Path:
@@ -135,18 +126,3 @@ def _check_complete(folder: Path, info: dict[str, Any]) -> None:
             f"the weight files of {folder} lack {len(missing)} tensors of the model, the first {missing[0]}; "
             "expected all of them. Download the folder again, or save the model with model.save_pretrained."
         )
-
-
-@contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """No progress bars and log lines from transformers inside; its settings are put back after."""
-    logging = transformers.utils.logging
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -63,14 +63,12 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is an ``nn.Linear`` or a transformers ``Conv1D`` (told by its class name and "
-    "``nf``).
-    """
+    """Whether the module is an ``nn.Linear``, or a transformers ``Conv1D`` by its class name and ``nf``."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Decoder blocks by full name, in order: the children of the ``nn.ModuleList`` that holds most linear layers.
+    """Decoder blocks by full name, in order: the children of the ``ModuleList`` with most linear layers.
 
     A model without a list that holds more than half of its linear layers, the head aside, is one block under
     the empty name. Of lists that hold equally many, the outermost one counts.

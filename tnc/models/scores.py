@@ -49,9 +49,7 @@ def _scores(logits: Tensor, labels: Tensor, dense: Tensor | None = None) -> dict
         return scores
     log_p = log_softmax(dense.double(), -1)
     p = log_p.exp()
-    terms = (p * (log_p - log_q)).masked_fill_(
-        p == 0, 0.0
-    )  # 0 log 0 = 0, also where a token is ruled out (-inf)
+    terms = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, also where a token is ruled out (-inf)
     agreement = (logits.argmax(-1) == dense.argmax(-1)).double()
     delta = nats + log_p.gather(1, labels[:, None])[:, 0]
     return {**scores, "kl": terms.sum(-1), "delta": delta, "agreement": agreement}

@@ -43,9 +43,7 @@ def read_sequences(batches: Iterable[Batch], heldout_share: float) -> list[Seque
         ShapeError: if ids are not integers (sequences, tokens), or the mask has another shape.
     """
     if not 0 <= heldout_share < 1:
-        raise StatsError(
-            f"heldout_share={heldout_share} is outside 0 <= heldout_share < 1; 0.1 keeps out every tenth."
-        )
+        raise StatsError(f"heldout_share={heldout_share} is outside 0 <= heldout_share < 1; 0.1 keeps out every tenth.")
     given = [_sequences(batch, number) for number, batch in enumerate(batches)]
     given = [[sequence for sequence in batch if sequence.numel()] for batch in given]
     count = sum(len(batch) for batch in given)
@@ -91,9 +89,7 @@ def _sequences(batch: Batch, number: int) -> list[Tensor]:
         )
     if mask is None:
         return list(ids.long())
-    check_same_shape(
-        tuple(mask.shape), tuple(ids.shape), f"attention_mask of batch {number}", "its input_ids"
-    )
+    check_same_shape(tuple(mask.shape), tuple(ids.shape), f"attention_mask of batch {number}", "its input_ids")
     return [row[keep.bool()] for row, keep in zip(ids.long(), mask.to(ids.device), strict=True)]
 
 

@@ -11,9 +11,7 @@ from tnc.errors import check_same_shape
 from tnc.quant.grid import Grid, check_quantizable
 from tnc.terms import Quantized
 
-_WELL_CONDITIONED = (
-    1e-10  # smallest eigenvalue of the scaled H from which its inverse is used for a candidate
-)
+_WELL_CONDITIONED = 1e-10  # smallest eigenvalue of the scaled H from which its inverse is used for a candidate
 
 
 def grid_lower_bound(weight: Tensor, grid: Grid | Quantized, hessian: Tensor) -> float:

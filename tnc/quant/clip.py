@@ -16,7 +16,7 @@ CLIP_RATIOS: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.
 """Candidate ranges of a group, as ratios of its full range."""
 
 
-_CHUNK = 1 << 18  # entries searched at a time: 5 times faster than all at once on 4096 x 4096, one CPU core
+_CHUNK = 1 << 18  # entries searched at a time; 2 to 5 times faster than 4096 x 4096 at once, one CPU core
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,11 @@ class _Candidates:
     ratios: tuple[float, ...]
 
     def at(self, ratio: float, unit: Tensor, low: Tensor) -> Grid:
-        """The grid of one ratio; unit is the full-range scale, low the range's lower end, both (m, groups)."""
+        """The grid of one ratio, from the full-range scale and the range's lower end, both (m, groups)."""
         scale = _store(unit * ratio, self.stored)
         if self.format.symmetric:
-            return Grid(
-                scale, torch.full_like(scale, self.format.levels // 2, dtype=torch.uint8), self.format
-            )
+            middle = torch.full_like(scale, self.format.levels // 2, dtype=torch.uint8)
+            return Grid(scale, middle, self.format)
         divisor = scale.to(low.dtype).masked_fill(scale == 0, torch.inf)
         zero = torch.round(-low * ratio / divisor).clamp(0, self.format.levels - 1)
         return Grid(scale, zero.to(torch.uint8), self.format)
@@ -80,8 +79,8 @@ def fit_grid(
         return grids.at(clip_ratios[0], unit, low)
     share = _share(importance, groups)
     rows = max(1, _CHUNK // weight.shape[1])
-    parts = zip(*(torch.split(t, rows) for t in (groups, unit, low)), strict=True)
-    found = [_search(grids, *part, share) for part in parts]
+    parts = zip(torch.split(groups, rows), torch.split(unit, rows), torch.split(low, rows), strict=True)
+    found = [_search(grids, g, u, start, share) for g, u, start in parts]
     return Grid(torch.cat([g.scale for g in found]), torch.cat([g.zero for g in found]), format)
 
 

@@ -19,6 +19,10 @@ from tnc.terms import Quantized
 _FIRST_DAMPING = 1e-6  # tried after an undamped factorization failed
 _LAST_DAMPING = 1e3  # a second moment factors long before; what fails here is far from semidefinite
 
+# Relative to H_jj. A pivot this small is rounding: up to 2e-11 was seen where the exact one is 0 (n = 16), and H
+# itself comes from float32 products. The default damping leaves pivots above 0.01 / n.
+_LEAST_PIVOT = 1e-8
+
 
 @dataclass(frozen=True, eq=False)
 class GptqResult:
@@ -72,9 +76,7 @@ def gptq(
     Cost: ``n³/3 + m n²`` flops; the factorization in float64, updates in float32 (float64 for float64
     weights).
     """
-    result = gptq_with_notes(
-        weight, stats, format, damping=damping, clip_ratios=clip_ratios, block_size=block_size
-    )
+    result = gptq_with_notes(weight, stats, format, damping=damping, clip_ratios=clip_ratios, block_size=block_size)
     return result.term
 
 
@@ -137,15 +139,13 @@ def _unit_upper(normal: Tensor, damping: float) -> Tensor | None:
     damped.diagonal().add_(damping)
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     upper: Tensor = lower.flip(0, 1)  # upper @ upper.T = damped
-    noise = len(normal) * torch.finfo(torch.float64).eps * damped.diagonal()
+    noise = _LEAST_PIVOT * damped.diagonal()
     if int(info) or not bool((upper.diagonal() ** 2 > noise).all()):
         return None
     return upper / upper.diagonal()
 
 
-def _round_with_feedback(
-    weight: Tensor, grid: Grid, feedback: Tensor, order: Tensor, block_size: int
-) -> Tensor:
+def _round_with_feedback(weight: Tensor, grid: Grid, feedback: Tensor, order: Tensor, block_size: int) -> Tensor:
     """Codes (m, n) uint8 in natural column order."""
     dtype = working_dtype(weight)
     feedback = feedback.to(dtype)
@@ -162,9 +162,7 @@ def _round_with_feedback(
     return codes
 
 
-def _round_block(
-    columns: Tensor, targets: Tensor, levels: Levels, feedback: Tensor, errors: Tensor
-) -> Tensor:
+def _round_block(columns: Tensor, targets: Tensor, levels: Levels, feedback: Tensor, errors: Tensor) -> Tensor:
     """Levels (b, m) of one block of columns (b, m); writes ``columns - values`` to ``errors``."""
     divisor = levels.scale.masked_fill(levels.scale == 0, torch.inf)
     chosen = torch.empty_like(columns)

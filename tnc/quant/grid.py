@@ -64,9 +64,7 @@ class Grid:
         if index is None:
             scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
         else:
-            group = (
-                torch.zeros_like(index) if self.format.group_size is None else index // self.format.group_size
-            )
+            group = torch.zeros_like(index) if self.format.group_size is None else index // self.format.group_size
             scale, zero = self.scale[:, group], self.zero[:, group]
         low = -zero.to(dtype)
         return Levels(scale.to(dtype), low, low + (self.format.levels - 1))
@@ -90,9 +88,7 @@ class Grid:
         nearest = levels.nearest(self._grouped(wide, index))
         return (nearest - levels.low).to(torch.uint8).reshape(columns.shape)
 
-    def dequantize(
-        self, codes: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def dequantize(self, codes: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values (m, c) in ``dtype`` of codes (m, c): the inverse map of `quantize`.
 
         Raises:
@@ -137,9 +133,7 @@ def check_quantizable(weight: Tensor, format: IntFormat, stats: LayerStats | Non
             "and one column. Leave empty layers out."
         )
     if not isinstance(format, IntFormat):
-        raise FormatError(
-            f"format is {format!r}; expected a number format such as tnc.IntFormat(4, group_size=128)."
-        )
+        raise FormatError(f"format is {format!r}; expected a number format such as tnc.IntFormat(4, group_size=128).")
     format.group_of(weight.shape[1])
     if stats is not None:
         stats.check_weight(weight)

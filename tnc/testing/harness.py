@@ -36,10 +36,7 @@ def check_laws(laws: Sequence[Law[S, C]], subject: S, cases: Sequence[C]) -> tup
     """
     for law in laws:
         for case in cases:
-            try:
-                law(subject, case)
-            except Exception as error:
-                raise _verdict(law, case, error) from _cause(error)
+            _try(law, subject, case)
     return tuple(law.__name__ for law in laws)
 
 
@@ -95,6 +92,15 @@ def _search(
         if not failing or failing[-1][1] is not error:  # raised while a case was drawn, not by the law
             raise
         raise _verdict(law, failing[-1][0], error) from _cause(error)
+
+
+def _try(law: Law[S, C], subject: S, case: C) -> None:
+    try:
+        law(subject, case)
+    except Broken as error:
+        raise _verdict(law, case, error) from None
+    except Exception as error:
+        raise _verdict(law, case, error) from error
 
 
 def _verdict(law: Law[S, C], case: C, error: Exception) -> LawError:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from tnc.metric import Metric
-from tnc.terms import Expression, dense64, map_tensors
+from tnc.terms import Expression, Product, Sum, dense64, map_tensors
 
 
 def eckart_young(weight: Tensor, metric: Metric) -> Tensor:
@@ -37,8 +38,7 @@ def largest_gain(metric: Metric) -> float:
 def storage_rounding(term: Expression) -> float:
     """Frobenius norm that rounding every stored number of ``term`` once can move it by.
 
-    Evaluates the term on ``|t| + tiny`` in place of every stored t, which bounds each entry's sum of absolute
-    products, and multiplies by the coarsest machine epsilon stored.
+    The coarsest machine epsilon stored, times the norm of `magnitude`.
     """
     floats = [t for t in term.tensors().values() if t.is_floating_point()]
     epsilon = max((torch.finfo(t.dtype).eps for t in floats), default=0.0)
@@ -46,8 +46,15 @@ def storage_rounding(term: Expression) -> float:
 
 
 def magnitude(term: Expression) -> Tensor:
-    """Entrywise bound (m, n) float64 on the sum of absolute products behind each entry of ``term``."""
-    return dense64(map_tensors(term, _absolute))
+    """Entrywise bound (m, n) float64 on the sum of absolute products behind each entry of ``term``.
+
+    Leaves are evaluated on ``|t| + tiny`` in place of every stored t.
+    """
+    if isinstance(term, Sum):
+        return torch.stack([magnitude(t) for t in term.terms]).sum(0)
+    if isinstance(term, Product):
+        return reduce(torch.matmul, [magnitude(t) for t in term.terms])
+    return dense64(map_tensors(term, _absolute)).abs()
 
 
 def _absolute(tensor: Tensor) -> Tensor:

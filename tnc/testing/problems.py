@@ -87,9 +87,7 @@ def make_problem(
     if metric not in _METRICS:
         raise RecipeError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}.")
     if metric == "fisher" and gradient is None:
-        raise StatsError(
-            "make_problem(metric='fisher') got gradient=None; pass a kind such as gradient='full'."
-        )
+        raise StatsError("make_problem(metric='fisher') got gradient=None; pass a kind such as gradient='full'.")
     weight = make_weight(shape, spectrum=spectrum, scale=scale, dtype=dtype, seed=seed)
     stats = LayerStats(
         _moments(shape[1], hessian, input_scale, seed + 1),

@@ -41,7 +41,7 @@ def check_quantizer(
     *,
     nearest: bool = False,
     problems: st.SearchStrategy[WeightedProblem] | None = None,
-    max_examples: int = 50,
+    max_examples: int = 100,
     seed: int | None = 0,
 ) -> tuple[str, ...]:
     """Check a quantizer on many small problems in every `IntFormat` that fits them.
@@ -147,8 +147,7 @@ def no_worse_than_zero(quantizer: Quantizer, case: FormatCase) -> None:
     error, whole = float(((weight - result) ** 2 * share).sum()), float((weight**2 * share).sum())
     require(
         error <= whole * (1 + 1e-6),
-        f"expected a squared error of at most {whole:.9g}, that of all zeros, in the diagonal of H; "
-        f"got {error:.9g}",
+        f"expected a squared error of at most {whole:.9g}, that of all zeros, in the diagonal of H; got {error:.9g}",
     )
 
 

@@ -99,9 +99,7 @@ def storage_counts_the_tensors(term: Expression, case: Inputs) -> None:
 def gradient_reaches_x(term: Expression, case: Inputs) -> None:
     """`linear` has the right derivative in x (finite differences in float64)."""
     x = case.draw(term.shape[1]).requires_grad_()
-    agrees = torch.autograd.gradcheck(
-        term.linear, (x,), eps=1e-3, atol=1e-4, rtol=1e-4, raise_exception=False
-    )
+    agrees = torch.autograd.gradcheck(term.linear, (x,), eps=1e-3, atol=1e-4, rtol=1e-4, raise_exception=False)
     require(agrees, "expected the gradient of linear(x) in x to agree with finite differences")
 
 
@@ -153,7 +151,9 @@ _LAWS_OF_USE: tuple[Law[Expression, Inputs], ...] = (
 
 def _rounding(term: Expression, case: Inputs, size: Tensor) -> Tensor:
     """Bound on rounding in ``linear``: sixteen roundings to a dtype and one a term of every inner sum."""
-    coarse = max(torch.finfo(case.dtype).eps, torch.finfo(term.to_dense().dtype).eps)
+    floats = [t.dtype for t in term.tensors().values() if t.is_floating_point()]
+    computed = torch.float64 if set(floats) == {torch.float64} else torch.float32
+    coarse = max(torch.finfo(case.dtype).eps, torch.finfo(computed).eps)
     fine = torch.finfo(torch.float32).eps if coarse > 1e-12 else coarse
     longest = max((max(t.shape, default=1) for t in term.tensors().values()), default=1)
     bound: Tensor = (16 * coarse + longest * fine) * (size.double() @ magnitude(term).T)

@@ -1,0 +1,80 @@
+"""tnc: factor the weights of language models under one currency, with certificates."""
+
+from tnc.checkpoint import load_checkpoint, save_checkpoint
+from tnc.column_space import Exact, Subspace, spectrum
+from tnc.decompose import (
+    RECIPES,
+    BitsPerWeight,
+    Decomposition,
+    DenseStage,
+    LayerReport,
+    LowRankStage,
+    QuantizeStage,
+    Rank,
+    Recipe,
+    RelativeError,
+    compensate,
+    decompose,
+    recipe,
+    truncated_svd,
+)
+from tnc.errors import TNCError
+from tnc.formats import IntFormat
+from tnc.metric import Metric
+from tnc.models.calibrate import calibrate
+from tnc.models.compress import compress
+from tnc.models.evaluate import Evaluation, evaluate
+from tnc.models.report import ModelReport
+from tnc.modules import FactoredLinear
+from tnc.plan import pooled_ranks
+from tnc.quant import gptq, rtn
+from tnc.stats import LayerStats, Moments
+from tnc.stats_file import load_stats, save_stats
+from tnc.terms import Dense, Diagonal, Expression, LowRank, Product, Quantized, Sum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RECIPES",
+    "BitsPerWeight",
+    "Decomposition",
+    "Dense",
+    "DenseStage",
+    "Diagonal",
+    "Evaluation",
+    "Exact",
+    "Expression",
+    "FactoredLinear",
+    "IntFormat",
+    "LayerReport",
+    "LayerStats",
+    "LowRank",
+    "LowRankStage",
+    "Metric",
+    "ModelReport",
+    "Moments",
+    "Product",
+    "QuantizeStage",
+    "Quantized",
+    "Rank",
+    "Recipe",
+    "RelativeError",
+    "Subspace",
+    "Sum",
+    "TNCError",
+    "calibrate",
+    "compensate",
+    "compress",
+    "decompose",
+    "evaluate",
+    "gptq",
+    "load_checkpoint",
+    "load_stats",
+    "pooled_ranks",
+    "recipe",
+    "rtn",
+    "save_checkpoint",
+    "save_stats",
+    "spectrum",
+    "truncated_svd",
+]  # fmt: skip
