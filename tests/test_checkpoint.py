@@ -166,8 +166,7 @@ def test_the_model_given_may_have_its_parameters_on_meta(saved):
     again = load_checkpoint(saved, model=fresh)
     tokens = torch.arange(10)
     assert torch.equal(again(tokens), load_checkpoint(saved, model=Net())(tokens))
-    with torch.device("meta"):
-        nowhere = Net()
+    nowhere = Net().to("meta")
     with pytest.raises(CheckpointError, match=r"buffers on meta .* the first 'angle'; build it on the CPU"):
         load_checkpoint(saved, model=nowhere)
 

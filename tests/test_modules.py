@@ -88,9 +88,7 @@ def test_forward_is_the_matrix_and_the_bias_in_the_dtype_of_x(backend, dtype, ma
 
 
 @settings(deadline=None, max_examples=25)
-@given(
-    m=st.integers(1, 7), half=st.integers(1, 5), bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 999)
-)
+@given(m=st.integers(1, 7), half=st.integers(1, 5), bits=st.sampled_from([2, 3, 4, 8]), seed=st.integers(0, 999))
 def test_operator_and_bits_come_back_as_given(m, half, bits, seed):
     operator = quantized(torch.Generator().manual_seed(seed), m, 2 * half, bits)
     module = FactoredLinear(operator)
@@ -198,9 +196,7 @@ def test_x_that_does_not_fit_names_both_sizes(x):
 
 
 def test_unknown_backend_lists_the_valid_ones():
-    with pytest.raises(
-        BackendError, match=r"unknown backend 'cuda'; expected one of auto, einsum, reference"
-    ):
+    with pytest.raises(BackendError, match=r"unknown backend 'cuda'; expected one of auto, einsum, reference"):
         FactoredLinear(q_plus_lr(), backend="cuda")
 
 
@@ -236,9 +232,7 @@ def test_no_gradient_goes_through_codes_scales_and_zeros():
 # moving, copying, saving
 
 
-@pytest.mark.parametrize(
-    "move", [nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16), nn.Module.float]
-)
+@pytest.mark.parametrize("move", [nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16), nn.Module.float])
 def test_stored_tensors_keep_their_dtype(move):
     module = FactoredLinear(q_plus_lr(dtype=torch.bfloat16), values(6))
     before, x = weights(module), values(3, 8, dtype=torch.float64)

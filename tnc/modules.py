@@ -168,9 +168,7 @@ class FactoredLinear(nn.Module):
     def _bind(self) -> None:
         self._bound_device = self._device()
         operator = from_spec(self._spec, self._tensors())
-        self._kernel, self._candidates = choose(
-            operator, self._bound_device, self._dtype, backend=self._backend
-        )
+        self._kernel, self._candidates = choose(operator, self._bound_device, self._dtype, backend=self._backend)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
         """Move the tensors but keep their dtype; the dtype asked for is the one expected of ``x``."""

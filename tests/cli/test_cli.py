@@ -96,7 +96,10 @@ BASE = ["--recipe", "rtn", "--bits", 4, "--group-size", 16, "--out", "never"]
     ("arguments", "message"),
     [
         (["compress", "nowhere", *BASE], "does not exist"),
-        (["compress", "{dense}", "--recipe", "magic", "--out", "never"], "unknown recipe 'magic'; expected one of svd,"),
+        (
+            ["compress", "{dense}", "--recipe", "magic", "--out", "never"],
+            "unknown recipe 'magic'; expected one of svd,",
+        ),
         (["compress", "{dense}", "--recipe", "rtn", "--bits", 5, "--out", "never"], "IntFormat(bits=5)"),
         (["compress", "{dense}", *BASE, "--group-size", 48], "does not divide"),
         (["compress", "{dense}", "--recipe", "svd", "--rank", 999, "--out", "never"], "outside 0 <= rank"),

@@ -65,9 +65,7 @@ class Builder:
         codes, zero = self.integers(fmt.levels, m, n), self.integers(fmt.levels, m, groups)
         scale = (torch.rand(m, groups, generator=self.generator) / fmt.levels).to(torch.float16)
         shift = np.full((m, groups), fmt.levels // 2) if fmt.symmetric else zero.numpy()
-        matrix = np.repeat(numbers(scale), n // groups, 1) * (
-            codes.numpy() - np.repeat(shift, n // groups, 1)
-        )
+        matrix = np.repeat(numbers(scale), n // groups, 1) * (codes.numpy() - np.repeat(shift, n // groups, 1))
         return Case(Quantized.from_codes(codes, scale, zero, fmt), matrix, abs(matrix), 1)
 
 
@@ -79,9 +77,7 @@ def cases(draw, dtype=torch.float64, depth=2):
 
 
 def draw_case(draw, builder, m, n, depth):
-    kinds = (
-        ["dense", "low_rank", "quantized"] + ["diagonal"] * (m == n) + ["sum", "product"] * 2 * (depth > 0)
-    )
+    kinds = ["dense", "low_rank", "quantized"] + ["diagonal"] * (m == n) + ["sum", "product"] * 2 * (depth > 0)
     kind = draw(st.sampled_from(kinds))
     if kind == "sum":
         parts = [draw_case(draw, builder, m, n, depth - 1) for _ in range(draw(st.integers(1, 3)))]
@@ -94,9 +90,7 @@ def draw_case(draw, builder, m, n, depth):
         matrix, absolute = parts[0].matrix, parts[0].absolute
         for p in parts[1:]:
             matrix, absolute = matrix @ p.matrix, absolute @ p.absolute
-        return Case(
-            Product(tuple(p.operator for p in parts)), matrix, absolute, sum(p.factors for p in parts)
-        )
+        return Case(Product(tuple(p.operator for p in parts)), matrix, absolute, sum(p.factors for p in parts))
     if kind == "diagonal":
         return builder.diagonal(m)
     if kind == "low_rank":
@@ -124,9 +118,7 @@ def check(case, x, y, eps):
     exact = numbers(x) @ case.matrix.T
     bound = abs(numbers(x)) @ case.absolute.T
     # each factor and each intermediate is rounded once, sums are accumulated in float32 or wider
-    slack = (
-        (2 * case.factors + 2) * eps * bound + torch.finfo(x.dtype).tiny + 1e-6 * eps * bound.max(initial=0)
-    )
+    slack = (2 * case.factors + 2) * eps * bound + torch.finfo(x.dtype).tiny + 1e-6 * eps * bound.max(initial=0)
     assert (abs(numbers(y) - exact) <= slack).all()
 
 

@@ -106,23 +106,18 @@ def _data(options: CompressOptions, model: nn.Module, tokenizer: Any, progress: 
     if options.calib is None:
         return {}
     context = context_of(model) if options.context is None else options.context
-    batches = calibration_batches(
-        tokenizer, open_text(options.calib, "calibration"), context=context,
-        sequences=_available(options, tokenizer, context), seed=options.seed,
-    )  # fmt: skip
+    text = open_text(options.calib, "calibration")
+    batches = calibration_batches(tokenizer, text, context=context, seed=options.seed)
+    windows = sum(len(batch) for batch in batches)
+    if windows > options.sequences:
+        batches = calibration_batches(
+            tokenizer, text, context=context, sequences=options.sequences, seed=options.seed
+        )  # fmt: skip
+    elif windows < options.sequences:
+        console.note(f"all {windows} full windows of {context} tokens are used; {options.sequences} were asked for.")
     if options.stats is None:
         return {"batches": batches}
     return {"stats": _calibrated(options, model, batches, progress)}
-
-
-def _available(options: CompressOptions, tokenizer: Any, context: int) -> int | None:  # noqa: ANN401
-    """The number of sequences asked for, or ``None`` (all) where the text has fewer."""
-    text = open_text(options.calib or "", "calibration")
-    full = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // context
-    if full >= options.sequences:
-        return options.sequences
-    console.note(f"all {full} full windows of {context} tokens are used; {options.sequences} were asked for.")
-    return None
 
 
 def _calibrated(

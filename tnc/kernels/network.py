@@ -213,14 +213,10 @@ def contraction_path(
     labels: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], output: str
 ) -> tuple[tuple[tuple[int, ...], ...], float]:
     """The cheapest order of contraction, as positions among the operands left, and its FLOPs."""
-    sizes = [
-        tuple(max(size, 1) for size in shape) for shape in shapes
-    ]  # an empty leg would make every order free
+    sizes = [tuple(max(size, 1) for size in shape) for shape in shapes]  # an empty leg would make every order free
     # not "optimal", which in opt_einsum 3.4 misses the best order of "tb,ab,b->ta" (a leg that three share)
     method: Literal["dp", "greedy"] = "dp" if len(labels) <= _EXACT else "greedy"
-    path, info = opt_einsum.contract_path(
-        f"{','.join(labels)}->{output}", *sizes, shapes=True, optimize=method
-    )
+    path, info = opt_einsum.contract_path(f"{','.join(labels)}->{output}", *sizes, shapes=True, optimize=method)
     return tuple(tuple(positions) for positions in path), float(info.opt_cost)
 
 
@@ -245,13 +241,7 @@ def _step(taken: list[str], result: str, piece: Piece) -> Multiply | Contract:
     first, weight = taken[0], taken[-1]
     shared = [label for label in weight if label in first]
     new = "".join(label for label in weight if label not in first)
-    if (
-        _TOKENS not in first
-        or len(taken) != 2
-        or not shared
-        or not new
-        or any(label in result for label in shared)
-    ):
+    if _TOKENS not in first or len(taken) != 2 or not shared or not new or any(label in result for label in shared):
         return Contract(f"{','.join(taken)}->{result}")
     kept = [label for label in first if label not in shared]
     return Multiply(

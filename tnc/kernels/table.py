@@ -134,9 +134,7 @@ def _candidate(row: Kernel, chosen: Kernel, refusal: str | None, wanted: str) ->
         return Candidate(row.name, False, refusal)
     if wanted != "auto":
         return Candidate(row.name, False, f"the caller named {chosen.name}")
-    return Candidate(
-        row.name, False, f"{chosen.name} comes first (priority {chosen.priority} over {row.priority})"
-    )
+    return Candidate(row.name, False, f"{chosen.name} comes first (priority {chosen.priority} over {row.priority})")
 
 
 def _normalise(name: str) -> str:
