@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Problem, case
-from tnc import Exact, IntFormat, LayerStats, LowRank, Metric, Subspace, compensate, rtn, spectrum
+from tnc import Exact, IntFormat, LayerStats, LowRank, Metric, Subspace, compensate, rtn, spectrum, truncated_svd
 from tnc.terms import dense64
 
 _RANK = 64
@@ -42,18 +42,20 @@ def problem(size: int, seed: int = 0) -> tuple[Tensor, Any, LayerStats]:
 def _build(size: int, *, repeats: int) -> Problem:
     weight, base, stats = problem(size)
     residual = weight.double() - dense64(base)
-    metric = Metric.full(stats)
+    residual32, metric = residual.float(), Metric.full(stats)
     optimum = float(spectrum(residual, metric)[_RANK:].norm())
     return Problem(
         ways={
             "textbook float64": lambda: textbook(residual, stats.hessian, _RANK),
+            "tnc exact, residual given": lambda: truncated_svd(residual32, _RANK, metric=metric, solver=Exact()),
+            "tnc subspace, residual given": lambda: truncated_svd(residual32, _RANK, metric=metric, solver=Subspace()),
             "tnc exact": lambda: compensate(weight, base, _RANK, stats=stats, solver=Exact()),
             "tnc subspace": lambda: compensate(weight, base, _RANK, stats=stats, solver=Subspace()),
         },
         errors=lambda term: {"above optimum": metric.norm(residual - dense64(term)) / optimum - 1},
         limit={"above optimum": 0.005},
         repeats=repeats,
-        once=frozenset({"textbook float64", "tnc exact"}) if size >= 4096 else frozenset(),
+        once=frozenset({"textbook float64", "tnc exact", "tnc exact, residual given"}) if size >= 4096 else frozenset(),
     )
 
 
