@@ -58,6 +58,15 @@ def test_compress_json_has_the_promised_fields(folder):
     assert layer["storage_bits"] == 64 * (32 * 3 + 2 * 16 + 8) + (64 + 32) * 4 * 16
 
 
+def test_compress_measures_what_it_predicts(folder):
+    texts = ("--calib", folder / "calib.txt", "--text", folder / "text.txt")
+    base = ("--recipe", "rtn", "--bits", 4, "--group-size", 16)
+    result = call("compress", folder / "dense", *base, *texts, "--out", folder / "measured", "--json")
+    found = json.loads(result.stdout)
+    assert found["measured"]["kl"] > 0
+    assert found["measured_over_predicted"] == found["measured"]["kl"] / found["predicted_nats"]
+
+
 def test_eval_json_with_reference(folder, compressed):
     result = call("eval", compressed, "--text", folder / "text.txt", "--context", 64, "--reference", folder / "dense",
                   "--json")  # fmt: skip

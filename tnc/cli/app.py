@@ -52,6 +52,7 @@ def compress(
     recipe: Annotated[str, typer.Option(help="A name from `tnc recipes`.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     calib: Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")] = None,
+    text: Annotated[str | None, typer.Option(help="Held-out text: measures KL to the dense model.")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero points fixed at mid-range.")] = False,
@@ -72,7 +73,7 @@ def compress(
     """Compress a model and write a self-contained checkpoint with its report."""
     run_compress(
         CompressOptions(
-            model=model, recipe=recipe, out=out, calib=calib, bits=bits, group_size=group_size,
+            model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
             symmetric=symmetric or None, rank=rank, error=error, bpw=bpw, stats=stats, sequences=sequences,
             context=context, fisher=fisher, sequential=sequential, include=include, exclude=exclude, seed=seed,
             device=device,

@@ -17,10 +17,10 @@ from tnc.decompose import BitsPerWeight, Recipe, RelativeError, Size, recipe
 from tnc.errors import RecipeError
 from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
-from tnc.models.evaluate import model_bytes
+from tnc.models.evaluate import evaluate, model_bytes
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.report import ModelReport
-from tnc.models.text import calibration_batches
+from tnc.models.text import calibration_batches, token_windows
 from tnc.stats import LayerStats
 from tnc.stats_file import load_stats, save_stats
 
@@ -33,6 +33,7 @@ class CompressOptions:
     recipe: str
     out: Path
     calib: str | None
+    text: str | None
     bits: int | None
     group_size: int | None
     symmetric: bool | None
@@ -65,17 +66,36 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
             model, chosen, **data, fisher=options.fisher, sequential=options.sequential, include=options.include,
             exclude=options.exclude, dtype=stored, seed=options.seed, inplace=True, progress=progress,
         )  # fmt: skip
+        measured = _measured(options, small, tokenizer, ModelReport.of(small), progress)
     small = small.to(stored)  # what was not factored goes back to the dtype it came in
     report = ModelReport.of(small)
     path = save_checkpoint(
         small, options.out, base=options.model, recipe=chosen.describe(), reports=report.layers, tokenizer=tokenizer
     )
     seconds = time.perf_counter() - start
-    result = {"out": str(path), "model_bytes": model_bytes(small), **report.to_json(), "seconds": seconds}
+    result = {"out": str(path), "model_bytes": model_bytes(small), **measured, **report.to_json(), "seconds": seconds}
     if as_json:
         console.print_json(result)
     else:
         _print(result)
+
+
+def _measured(
+    options: CompressOptions,
+    small: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    report: ModelReport,
+    progress: console.Report,
+) -> dict[str, Any]:
+    """Scores on the held-out text beside the dense model, and measured over predicted nats; nothing without text."""
+    if options.text is None:
+        return {}
+    dense = open_model(options.model, device=resolve_device(options.device))[0].float()
+    context = context_of(dense) if options.context is None else options.context
+    windows = token_windows(tokenizer, open_text(options.text, "evaluation"), context)
+    scores = evaluate(small, windows, reference=dense, progress=progress)
+    ratio = scores.kl / report.predicted_nats if scores.kl is not None and report.predicted_nats else None
+    return {"measured": scores.to_json(), "measured_over_predicted": ratio}
 
 
 def _recipe(options: CompressOptions) -> Recipe:
@@ -142,6 +162,8 @@ def _print(result: dict[str, Any]) -> None:
         ("relative output error, held-out tokens", console.fixed(result["heldout_relative_error"], 4)),
         ("no such form does better than", console.fixed(result["lower_bound"], 4)),
         ("predicted KL to the dense model, nats", console.fixed(result["predicted_nats"], 4)),
+        ("measured KL to the dense model, nats", console.fixed(result.get("measured", {}).get("kl"), 4)),
+        ("measured over predicted", console.fixed(result.get("measured_over_predicted"), 2)),
         ("layers", str(len(result["layers"]))),
         ("layers with fallbacks", str(sum(bool(layer["fallbacks"]) for layer in result["layers"].values()))),
         ("seconds", console.fixed(result["seconds"], 1)),
