@@ -1,5 +1,6 @@
 """Decompositions: low-rank closed forms, stages, the engine, recipes and reports."""
 
+from tnc.decompose import catalogue  # noqa: F401  registers the recipes
 from tnc.decompose.engine import Decomposition, decompose
 from tnc.decompose.low_rank import compensate, truncated_svd
 from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe

@@ -1,6 +1,6 @@
 """Stages: how one term of a sum is fitted to what the other terms leave over.
 
-Every published recipe is a short tuple of stages (`tnc.decompose.recipes`). A stage is data; its ``fit`` is
+Every published recipe is a short tuple of stages (`tnc.decompose.catalogue`). A stage is data; its ``fit`` is
 a thin call into ``tnc.quant`` or ``tnc.decompose.low_rank``.
 """
 
