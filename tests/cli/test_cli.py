@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from tnc.cli import app
+from tnc.models import compress as compress_driver
 from tnc.models.demo import demo_model_path
 
 transformers = pytest.importorskip("transformers")
@@ -148,3 +149,32 @@ def test_interrupt_leaves_nothing(folder, tmp_path, monkeypatch):
     result = call("compress", folder / "dense", *BASE[:-1], tmp_path / "never", code=130)
     assert "interrupted" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_goes_on(folder, monkeypatch):
+    out, resume = folder / "stopped", folder / "stopped.resume"
+    asked = (
+        "compress",
+        folder / "dense",
+        "--recipe",
+        "rtn",
+        "--bits",
+        4,
+        "--calib",
+        folder / "calib.txt",
+        "--out",
+        out,
+    )
+    real, calls = compress_driver.decompose, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(compress_driver, "decompose", interrupted)
+    assert "nothing was written under the final name" in call(*asked, code=130).output
+    assert (not out.exists(), len(list(resume.iterdir()))) == (True, 4)
+    assert "4 finished layers" in call(*asked).output
+    assert (out.exists(), resume.exists(), len(calls)) == (True, False, 5 + 14 - 4)

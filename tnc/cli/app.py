@@ -70,7 +70,10 @@ def compress(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compress a model and write a self-contained checkpoint with its report."""
+    """Compress a model and write a self-contained checkpoint with its report.
+
+    Finished layers are kept in OUT.resume until OUT is written: run the same command again after an interruption.
+    """
     run_compress(
         CompressOptions(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,

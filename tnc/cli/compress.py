@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tnc.checkpoint import check_output_folder, save_checkpoint
+from tnc.checkpoint import Journal, check_output_folder, save_checkpoint
 from tnc.cli import console
 from tnc.cli.sources import context_of, open_model, open_text, resolve_device
 from tnc.decompose import BitsPerWeight, Recipe, RelativeError, Size, recipe
@@ -60,11 +60,16 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
     model, tokenizer = open_model(options.model, device=device)
     stored = _stored_dtype(model)
     model = model.float()
+    journal = Journal(options.out.with_name(f"{options.out.name}.resume"))
+    if len(journal):
+        console.note(
+            f"{journal.folder} holds {len(journal)} finished layers of an earlier run; those of this run are kept."
+        )
     with console.progress_bars() as progress:
         data = _data(options, model, tokenizer, progress)
         small = compress(
             model, chosen, **data, fisher=options.fisher, sequential=options.sequential, include=options.include,
-            exclude=options.exclude, dtype=stored, seed=options.seed, inplace=True, progress=progress,
+            exclude=options.exclude, dtype=stored, seed=options.seed, inplace=True, progress=progress, journal=journal,
         )  # fmt: skip
         measured = _measured(options, small, tokenizer, ModelReport.of(small), progress)
     small = small.to(stored)  # what was not factored goes back to the dtype it came in
@@ -72,6 +77,7 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
     path = save_checkpoint(
         small, options.out, base=options.model, recipe=chosen.describe(), reports=report.layers, tokenizer=tokenizer
     )
+    journal.clear()
     seconds = time.perf_counter() - start
     result = {"out": str(path), "model_bytes": model_bytes(small), **measured, **report.to_json(), "seconds": seconds}
     if as_json:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tnc.checkpoint import Journal
+from tnc.checkpoint.journal import Record, digest
 from tnc.column_space import spectrum
 from tnc.decompose import Decomposition, DenseStage, LowRankStage, Rank, Recipe, Stage, decompose
 from tnc.errors import ModelError, StatsError
@@ -19,6 +22,7 @@ from tnc.models.layers import select_layers, weight_of
 from tnc.modules import FactoredLinear
 from tnc.plan import PooledLayer, pooled_ranks
 from tnc.stats import LayerStats
+from tnc.terms import map_tensors
 
 Progress = Callable[[str, int, int], None]
 
@@ -28,7 +32,7 @@ def compress(
     stats: Mapping[str, LayerStats] | None = None, fisher: bool = True, heldout_share: float = 0.1,
     sequential: bool = False, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None,
     dtype: torch.dtype | None = None, seed: int = 0, backend: str = "auto", inplace: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, journal: Journal | None = None,
 ) -> nn.Module:  # fmt: skip
     """Compress the linear layers of a model's blocks; embeddings, norms and the head stay as they are.
 
@@ -48,6 +52,8 @@ def compress(
         backend: kernel of the new layers, see `FactoredLinear`.
         inplace: change ``model`` itself and save its memory; otherwise it is copied and left untouched.
         progress: called with (stage, done, total).
+        journal: keeps every finished layer; a run that was killed takes the layers it finds there and decomposes
+            the others only. Calibration is repeated unless ``stats`` are given.
 
     Returns:
         The model with `FactoredLinear` layers, each with a ``report``; `ModelReport.of` collects them.
@@ -77,7 +83,8 @@ def compress(
     for group in groups:
         for name, layer_stats in group.items():
             stages = _stages(recipe, dtype) if plan is None else _planned(recipe, plan[name], dtype)
-            _swap(target, name, layers[name], stages, recipe.sweeps, layer_stats, dtype, backend)
+            found = _finished(weight_of(layers[name]).detach(), stages, recipe.sweeps, layer_stats, dtype, journal)
+            _swap(target, name, layers[name], found, backend)
             done += 1
             if progress is not None:
                 progress("compress", done, len(layers))
@@ -105,17 +112,41 @@ def _groups(
             yield group
 
 
-def _swap(
-    model: nn.Module, name: str, layer: nn.Module, stages: tuple[Stage, ...], sweeps: int, stats: LayerStats | None,
-    dtype: torch.dtype | None, backend: str,
-) -> None:  # fmt: skip
-    """Decompose one layer and put the factored module in its place."""
-    weight = weight_of(layer).detach()
+def _finished(
+    weight: Tensor, stages: tuple[Stage, ...], sweeps: int, stats: LayerStats | None, dtype: torch.dtype | None,
+    journal: Journal | None,
+) -> Record:  # fmt: skip
+    """The decomposed layer: from the journal if it is there, else computed and recorded."""
+    if journal is None:
+        return _decomposed(weight, stages, sweeps, stats, dtype)
+    key = digest([version("tnc"), repr((stages, sweeps, dtype)), weight, *_moments(stats)])
+    record = journal.find(key)
+    if record is None:
+        record = _decomposed(weight, stages, sweeps, stats, dtype)
+        journal.add(key, record.operator, record.report)
+        return record
+    return Record(map_tensors(record.operator, lambda t: t.to(weight.device)), record.report)
+
+
+def _decomposed(
+    weight: Tensor, stages: tuple[Stage, ...], sweeps: int, stats: LayerStats | None, dtype: torch.dtype | None
+) -> Record:
     found = decompose(weight, stages, stats, sweeps=sweeps)
     if found.operator.storage_bits > _dense_bits(weight, dtype):
         found = _kept_dense(weight, found, stats, dtype)
+    return Record(found.operator, found.report.to_json())
+
+
+def _moments(stats: LayerStats | None) -> Iterator[Tensor | str | None]:
+    """Everything a decomposition can see of the statistics."""
+    for moments in () if stats is None else (stats.inputs, stats.heldout, stats.gradient):
+        yield from (None,) if moments is None else (moments.second, moments.mean_abs, str(moments.tokens))
+
+
+def _swap(model: nn.Module, name: str, layer: nn.Module, found: Record, backend: str) -> None:
+    """Put the factored module in the place of a layer."""
     module = FactoredLinear.from_linear(layer, found.operator, backend=backend)
-    module.report = found.report.to_json()
+    module.report = found.report
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
