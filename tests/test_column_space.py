@@ -117,11 +117,23 @@ def test_default_subspace_is_within_half_a_percent(rank, fisher, power, tokens):
     assert total - float(space.captured.sum()) == pytest.approx(error**2, abs=3e-6 * total)
 
 
+@pytest.mark.parametrize("rank", [64, 128])
+def test_default_subspace_takes_more_steps_for_flat_spectra(rank):
+    matrix = gaussian(500, 600, generator(0)).float()
+    best = float(spectrum(matrix, Metric())[rank:].norm())
+    error = {most: float((matrix - product(column_space(matrix, rank, Metric(), Subspace(most=most)))).norm())
+             for most in (2, 6)}  # fmt: skip
+    assert best <= error[6] <= 1.005 * best < error[2]
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_steps_help(steps):
     g = generator(0)
     metric, matrix = Metric(power_law(128, 0.5, 2, g)), gaussian(96, 128, g)
-    error = [metric.norm(matrix - product(column_space(matrix, 8, metric, Subspace(s, 4)))) for s in (steps, steps + 1)]
+    error = [
+        metric.norm(matrix - product(column_space(matrix, 8, metric, Subspace(s, 4, most=s))))
+        for s in (steps, steps + 1)
+    ]
     assert error[1] < error[0]
 
 

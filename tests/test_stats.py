@@ -137,6 +137,7 @@ def test_statistics_without_tokens_are_refused():
         (torch.ones(2, 3), StatsError, r"of shape \(2, 3\) is not symmetric"),
         (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), StatsError, "is not symmetric; expected a mean of x xᵀ"),
         (torch.diag(torch.tensor([1.0, -1.0])), StatsError, "negative diagonal entry"),
+        (torch.tensor([[1.0, 1.5], [1.5, 1.0]]), StatsError, r"eigenvalue below -0.00015; expected a mean of x xᵀ"),
         (torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), NonFiniteError, "1 NaN or Inf of 4 entries"),
         (torch.ones(3), ShapeError, "expected a floating-point matrix"),
         (torch.eye(2, dtype=torch.int64), ShapeError, "torch.int64"),

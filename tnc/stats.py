@@ -129,7 +129,8 @@ class LayerStats:
             tokens: number of tokens behind ``H``.
 
         Raises:
-            StatsError: if a matrix is not square, not symmetric or has a negative diagonal.
+            StatsError: if a matrix is not square, not symmetric, or has a negative diagonal entry or eigenvalue
+                (beyond 1e-4 of its largest entry).
             NonFiniteError: if one holds NaN or Inf.
         """
         inputs = Moments(_check_moment(H, "H"), None, tokens)
@@ -182,4 +183,17 @@ def _check_moment(matrix: Tensor, name: str) -> Tensor:
         raise StatsError(f"{name} of shape {tuple(matrix.shape)} is not symmetric; expected a mean of x xᵀ.")
     if bool((matrix.diagonal() < 0).any()):
         raise StatsError(f"{name} has a negative diagonal entry; expected a mean of x xᵀ, which has none.")
-    return (matrix + matrix.T) / 2
+    matrix = (matrix + matrix.T) / 2
+    if not _is_semidefinite(matrix, slack=1e-4 * scale):
+        raise StatsError(
+            f"{name} is not positive semidefinite: it has an eigenvalue below {-1e-4 * scale:.3g}; expected a mean of "
+            "x xᵀ. Sum the products in float32 or wider, and do not subtract or mask entries afterwards."
+        )
+    return matrix
+
+
+def _is_semidefinite(matrix: Tensor, *, slack: float) -> bool:
+    """Whether no eigenvalue is below ``-slack``; n³/3 flops."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(slack)
+    return slack == 0 or int(torch.linalg.cholesky_ex(shifted)[1]) == 0
