@@ -12,6 +12,7 @@ PUBLIC = {
     "ModelReport", "Moments", "Product", "Quantized", "QuantizeStage", "Rank", "Recipe", "RelativeError", "Subspace",
     "Sum", "TNCError", "calibrate", "compensate", "compress", "decompose", "evaluate", "gptq", "load_checkpoint",
     "load_stats", "pooled_ranks", "recipe", "rtn", "save_checkpoint", "save_stats", "spectrum", "truncated_svd",
+    "unfuse_experts",
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from tnc.decompose import (
     truncated_svd,
 )
 from tnc.errors import TNCError
+from tnc.experts import unfuse_experts
 from tnc.formats import IntFormat
 from tnc.metric import Metric
 from tnc.models.calibrate import calibrate
@@ -77,4 +78,5 @@ __all__ = [
     "save_stats",
     "spectrum",
     "truncated_svd",
+    "unfuse_experts",
 ]  # fmt: skip

@@ -54,6 +54,14 @@ class Moments:
         _, _, rank, _ = dpstrf(self.second.double().cpu().numpy(), tol=tolerance, lower=1)
         return int(rank)
 
+    def over(self, tokens: int) -> Moments:
+        """The mean over ``tokens`` tokens of which those here are the only ones that are not zero."""
+        if tokens == self.tokens:
+            return self
+        share = self.tokens / tokens
+        mean_abs = None if self.mean_abs is None else share * self.mean_abs
+        return Moments(share * self.second, mean_abs, tokens)
+
     def merge(self, other: Moments) -> Moments:
         """Moments of both token sets together; commutative and associative up to float64 rounding."""
         check_same_shape(other.second.shape, self.second.shape, "second moment to merge", "the other one")
@@ -106,11 +114,16 @@ class LayerStats:
         heldout: the same for the held-out share of tokens, or ``None``.
         gradient: moments of the gradient of the token loss at the layer's output, labels sampled from the
             model's own logits; ``gradient.second`` is ``G``. ``None`` where only activations were calibrated.
+            The mean is over all tokens of the text, zero where a token does not pass the layer: the price of an
+            expert's error counts how often the router chooses it.
+        notes: a sentence for everything that differs from plain means over the layer's own tokens; reports
+            carry them on.
     """
 
     inputs: Moments
     heldout: Moments | None = None
     gradient: Moments | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.inputs.tokens < 1:
@@ -152,6 +165,7 @@ class LayerStats:
             self.inputs.merge(other.inputs),
             _merge_optional(self.heldout, other.heldout),
             _merge_optional(self.gradient, other.gradient),
+            tuple(dict.fromkeys((*self.notes, *other.notes))),
         )
 
     def check_weight(self, weight: Tensor) -> None:

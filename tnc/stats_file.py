@@ -68,7 +68,7 @@ def load_stats(path: str | os.PathLike[str]) -> dict[str, LayerStats]:
         tokens: list[int] = json.loads(metadata["tokens"])
         moments = [_moments(tensors, number, count) for number, count in enumerate(tokens)]
         layers: list[dict[str, Any]] = json.loads(metadata["layers"])
-        return {row["name"]: LayerStats(*(_at(moments, row[part]) for part in _PARTS)) for row in layers}  # type: ignore[arg-type]
+        return {row["name"]: _layer(moments, row) for row in layers}
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise StatsError(f"{source} is damaged: {error!r} while reading its layers; calibrate again.") from error
 
@@ -88,6 +88,11 @@ def _moments(tensors: Mapping[str, Tensor], number: int, tokens: int) -> Moments
     return Moments(second, mean_abs, int(tokens))
 
 
+def _layer(moments: list[Moments], row: Mapping[str, Any]) -> LayerStats:
+    inputs, heldout, gradient = (_at(moments, row[part]) for part in _PARTS)
+    return LayerStats(inputs, heldout, gradient, tuple(map(str, row.get("notes", ()))))  # type: ignore[arg-type]
+
+
 def _at(moments: list[Moments], place: int | None) -> Moments | None:
     if place is not None and place < 0:
         raise IndexError(f"moments number {place}")
@@ -99,9 +104,9 @@ def _pack(stats: Mapping[str, LayerStats]) -> tuple[dict[str, Tensor], dict[str,
     tensors: dict[str, Tensor] = {}
     numbers: dict[int, int] = {}
     tokens: list[int] = []
-    rows: list[dict[str, str | int | None]] = []
+    rows: list[dict[str, Any]] = []
     for name, layer in stats.items():
-        row: dict[str, str | int | None] = {"name": name}
+        row: dict[str, Any] = {"name": name, **({"notes": layer.notes} if layer.notes else {})}
         for part in _PARTS:
             moments: Moments | None = getattr(layer, part)
             row[part] = None

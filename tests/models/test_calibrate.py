@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tnc.errors import ModelError, NonFiniteError, ShapeError, StatsError
+from tnc.experts import unfuse_experts
 from tnc.models.calibrate import calibrate, iter_block_stats
 from tnc.models.capture import InputCapture
 from tnc.models.hidden_states import HiddenStates
@@ -39,6 +40,12 @@ def mixtral():
     config = MixtralConfig(num_hidden_layers=2, num_local_experts=3, initializer_range=0.3, **SMALL)
     config._experts_implementation = "eager"  # grouped products know no float64
     return MixtralForCausalLM(config).double()
+
+
+def unfused():
+    model = mixtral()
+    assert unfuse_experts(model) == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    return model
 
 
 def gpt2():
@@ -91,7 +98,14 @@ class AddsInPlace(nn.Module):
         return self.lm_head(states)
 
 
-BUILDERS = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2, "plain": Plain, "in place": AddsInPlace}
+BUILDERS = {
+    "llama": llama,
+    "mixtral": mixtral,
+    "unfused": unfused,
+    "gpt2": gpt2,
+    "plain": Plain,
+    "in place": AddsInPlace,
+}
 
 
 def tokens(count, length, seed=0):
@@ -130,12 +144,14 @@ def brute_force(model, sequences, seed, heldout=()):
                 if number not in heldout:
                     rows[name][2].append(output.grad.flatten(0, -2))
 
-    def second(parts):
+    total = sum(len(s) for number, s in enumerate(sequences) if number not in heldout)
+
+    def second(parts, count=None):
         x = torch.cat(parts)
-        return x.T @ x / len(x)
+        return x.T @ x / (count or len(x))
 
     return {
-        name: (second(x), torch.cat(x).abs().mean(0), second(held) if held else None, second(g))
+        name: (second(x), torch.cat(x).abs().mean(0), second(held) if held else None, second(g, total))
         for name, (x, held, g) in rows.items()
     }
 
@@ -563,8 +579,36 @@ def test_routed_tokens():
         x = model.embedding(ids)[ids % 2 == number].detach()
         assert stats[f"experts.{number}"].tokens == len(x)
         assert_close(stats[f"experts.{number}"].hessian, x.T @ x / len(x))
-    with pytest.raises(StatsError, match=r"no calibration token reached layer 'experts.2' \(1 of 3 layers"):
-        calibrate(model, [ids])
+
+
+def test_the_price_of_an_expert_counts_how_often_it_is_asked():
+    model, ids = Routed(), tokens(4, 6)
+    stats = calibrate(model, [ids], heldout_share=0)
+    for number in range(2):
+        layer, asked = stats[f"experts.{number}"], int((ids % 2 == number).sum())
+        assert (layer.tokens, layer.gradient.tokens) == (asked, ids.numel())
+    doubled = calibrate(model, [torch.cat([ids, ids - ids % 2], 1)], heldout_share=0)  # as many again, all for expert 0
+    assert doubled["experts.1"].tokens == stats["experts.1"].tokens
+    assert doubled["experts.1"].gradient.tokens == 2 * ids.numel()
+
+
+def test_an_expert_that_no_token_reaches_takes_the_means_of_its_siblings():
+    model, ids = Routed(), tokens(4, 6)
+    stats = calibrate(model, [ids], heldout_share=0)
+    first, second, lost = (stats[f"experts.{n}"] for n in range(3))
+    assert_close(lost.hessian, first.inputs.merge(second.inputs).second)
+    assert_close(lost.gradient.second * ids.numel(), first.gradient.second + second.gradient.second)
+    assert (first.notes, second.notes) == ((), ())
+    assert [note.split(":")[0] for note in lost.notes] == [
+        "no calibration token reached this layer", "no gradient reached this layer",
+    ]  # fmt: skip
+
+
+def test_a_layer_that_no_token_reaches_and_that_has_no_sibling():
+    model = Plain()
+    model.other = nn.Linear(4, 3).double()
+    with pytest.raises(StatsError, match=r"no calibration token reached layer 'other' \(1 of 4 layers.*no sibling"):
+        calibrate(model, [tokens(4, 6)])
 
 
 def test_wiring_that_changes_between_batches():

@@ -13,6 +13,7 @@ from tnc.checkpoint.manifest import read_manifest
 from tnc.checkpoint.shards import read_shards
 from tnc.checkpoint.skeleton import emptied, from_config
 from tnc.errors import CheckpointError, TNCError
+from tnc.experts import fused_experts, unfuse_experts
 from tnc.modules import FactoredLinear
 from tnc.terms import Expression, from_spec, map_tensors
 
@@ -45,6 +46,9 @@ def load_checkpoint(
     tensors = read_shards(folder, manifest["tensors"], manifest["files"], manifest["tensors"])
     skeleton = from_config(folder, _dtype(folder, manifest)) if model is None else emptied(model)
     tensors |= {key: tensors[source] for key, source in manifest["tied"].items()}
+    unfuse_experts(
+        skeleton, [n for n in fused_experts(skeleton) if any(k.startswith(f"{n}.down_proj.") for k in tensors)]
+    )
     for name, layer in manifest["layers"].items():
         _swap(skeleton, name, layer, _operator(folder, name, layer, tensors))
     _assign(folder, skeleton, tensors, manifest["tied"])

@@ -10,6 +10,7 @@ from torch import nn
 
 from tnc.checkpoint import load_checkpoint
 from tnc.errors import ModelError
+from tnc.experts import unfuse_experts
 from tnc.models.demo import demo_model_path, demo_text
 from tnc.models.hf import load_model, load_tokenizer
 from tnc.models.text import read_text
@@ -19,11 +20,16 @@ _DEFAULT_CONTEXT = 512
 
 
 def open_model(name: str, *, device: torch.device) -> tuple[nn.Module, Any]:
-    """The model (dense folder, tnc checkpoint or the embedded one) in its stored dtype, and its tokenizer."""
+    """The model (dense folder, tnc checkpoint or the embedded one) in its stored dtype, and its tokenizer.
+
+    Experts are unfused: each is a layer of its own.
+    """
     path = demo_model_path() if name == DEMO else Path(name)
     if (path / "tnc.json").is_file():
         return load_checkpoint(path, device=device), load_tokenizer(path)
-    return load_model(path, dtype="as stored", device=device), load_tokenizer(path)
+    model = load_model(path, dtype="as stored", device=device)
+    unfuse_experts(model)
+    return model, load_tokenizer(path)
 
 
 def open_text(name: str, split: str) -> str:

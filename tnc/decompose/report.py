@@ -92,7 +92,7 @@ def measure(
         hessian_rank=None if stats is None else stats.inputs.rank,
         tokens=0 if stats is None else stats.tokens,
         damping=damping,
-        fallbacks=fallbacks + ((note,) if note else ()),
+        fallbacks=fallbacks + (() if stats is None else stats.notes) + ((note,) if note else ()),
         seconds=seconds,
     )
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tnc.errors import ModelError, StatsError
+from tnc.errors import ModelError
 from tnc.models.blocks import BlockCall, BlockWalk, quiet
 from tnc.models.capture import GradientCapture, InputCapture
+from tnc.models.collect import collect
 from tnc.models.hidden_states import HiddenStates
 from tnc.models.labels import loss_gradient
 from tnc.models.layers import select_layers
@@ -133,6 +134,11 @@ class _Job:
     seed: int
     progress: Progress | None
 
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return sum(batch.ids.numel() for batch in self.sequences if not batch.heldout)
+
     def ids(self, batch: SequenceBatch) -> Tensor:
         return _on_device_of(self.model, batch.ids)
 
@@ -156,7 +162,7 @@ def _forward_stats(
             _forward_step(job, states, (index, number), captures[batch.heldout], keep_input=sequential)
             job.tell("statistics", index * len(job.sequences) + number + 1, (last + 1) * len(job.sequences))
         if layers:
-            group = _collect(layers, captures, {name: gradients.get(name) for name in layers})
+            group = collect(layers, captures, {name: gradients.get(name) for name in layers}, job.tokens)
             del captures
             yield index, group
             del group
@@ -214,7 +220,7 @@ def _backward_stats(job: _Job, states: HiddenStates, index: int) -> dict[str, La
     captures = InputCapture(layers), InputCapture(layers)
     gradients = GradientCapture(layers)
     _backward(job, states, index, gradients, captures)
-    return _collect(layers, captures, gradients.moments())
+    return collect(layers, captures, gradients.moments(), job.tokens)
 
 
 def _backward_gradients(job: _Job, states: HiddenStates, index: int) -> dict[str, Moments]:
@@ -259,20 +265,6 @@ def _backward_step(
             if output.requires_grad:
                 output.backward(arriving)  # type: ignore[no-untyped-call]
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _collect(
-    layers: Mapping[str, nn.Module], captures: tuple[InputCapture, InputCapture],
-    gradients: Mapping[str, Moments | None],
-) -> dict[str, LayerStats]:  # fmt: skip
-    inputs, heldout = captures[0].moments(), captures[1].moments()
-    unreached = [name for name in layers if name not in inputs]
-    if unreached:
-        raise StatsError(
-            f"no calibration token reached layer {unreached[0]!r} ({len(unreached)} of {len(layers)} layers "
-            "in its block); expected at least one. Pass more calibration text, or exclude this layer."
-        )
-    return {name: LayerStats(inputs[name], heldout.get(name), gradients.get(name)) for name in layers}
 
 
 def _by_block(layers: Mapping[str, nn.Module], walk: BlockWalk) -> dict[int, dict[str, nn.Module]]:

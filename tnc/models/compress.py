@@ -37,7 +37,8 @@ def compress(
     """Compress the linear layers of a model's blocks; embeddings, norms and the head stay as they are.
 
     Args:
-        model: a Hugging Face causal LM, or any module with ``nn.Linear`` or ``Conv1D`` layers.
+        model: a Hugging Face causal LM, or any module with ``nn.Linear`` or ``Conv1D`` layers. Fused experts stay
+            dense unless `tnc.unfuse_experts` made layers of them.
         recipe: from `tnc.recipe`, or your own `Recipe`.
         batches: token ids (B, T), or dicts with ``input_ids`` and ``attention_mask``. Without batches and
             statistics only data-free recipes run (``svd``, ``rtn``, ``lorc``).
