@@ -6,9 +6,9 @@ a thin call into ``tnc.quant`` or ``tnc.decompose.low_rank``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,9 @@ from torch import Tensor
 from tnc.column_space import Solver
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.decompose.sizes import Size
-from tnc.errors import RecipeError, StatsError
 from tnc.formats import IntFormat
 from tnc.metric import Metric
-from tnc.quant import CLIP_RATIOS, gptq_with_notes, rtn
+from tnc.quant import CLIP_RATIOS, quantizer
 from tnc.stats import LayerStats
 from tnc.terms import Dense, Expression
 
@@ -66,29 +65,30 @@ class QuantizeStage:
 
     Attributes:
         format: number format of the codes.
-        method: ``"gptq"`` (needs statistics) or ``"rtn"``.
+        method: a name of `tnc.quant.QUANTIZERS`, such as ``"gptq"`` or ``"rtn"``.
         clip_ratios: candidate ranges of a group as ratios of its full range; ``(1.0,)`` is no search.
-        damping: GPTQ's first multiple of ``mean(diag H)``.
+        damping: first multiple of ``mean(diag H)`` of the methods that factor H.
+        options: further options of the method, as its entry lists them.
+
+    Raises:
+        RecipeError: for an unknown method (lists the names), or an option that the method does not take.
     """
 
     format: IntFormat
     method: str = "gptq"
     clip_ratios: Sequence[float] = field(default=CLIP_RATIOS)
     damping: float = 0.01
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in ("gptq", "rtn"):
-            raise RecipeError(f"QuantizeStage(method={self.method!r}) is unknown; expected 'gptq' or 'rtn'.")
+        quantizer(self.method, self.options)
 
     def fit(self, target: Target) -> Fitted:
         """Quantize the residual."""
-        if self.method == "rtn":
-            return Fitted(rtn(target.residual, self.format, stats=target.stats, clip_ratios=self.clip_ratios))
-        if target.stats is None:
-            raise StatsError("GPTQ needs calibration statistics; pass stats=..., or use method='rtn'.")
-        result = gptq_with_notes(
-            target.residual, target.stats, self.format, damping=self.damping, clip_ratios=self.clip_ratios
-        )
+        entry = quantizer(self.method)
+        shared = {"clip_ratios": self.clip_ratios, "damping": self.damping}
+        options = {k: v for k, v in shared.items() if k in entry.options} | dict(self.options)
+        result = entry.run(target.residual, target.stats, self.format, **options)
         return Fitted(result.term, result.damping, result.fallbacks)
 
 

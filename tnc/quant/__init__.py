@@ -1,18 +1,13 @@
-"""Quantizers: functions of a weight, its statistics and a number format that return a `Quantized` term."""
+"""Quantizers: functions of a weight, its statistics and a format that return a `Quantized` term, by name."""
 
 from tnc.quant.bound import grid_lower_bound
 from tnc.quant.clip import CLIP_RATIOS, fit_grid
-from tnc.quant.gptq import GptqResult, gptq, gptq_with_notes
+from tnc.quant.gptq import gptq, gptq_with_notes
 from tnc.quant.grid import Grid
+from tnc.quant.registry import QUANTIZERS, QuantizerEntry, QuantizerResult, quantizer, register_quantizer
 from tnc.quant.rtn import rtn
 
 __all__ = [
-    "CLIP_RATIOS",
-    "GptqResult",
-    "Grid",
-    "fit_grid",
-    "gptq",
-    "gptq_with_notes",
-    "grid_lower_bound",
-    "rtn",
-]
+    "CLIP_RATIOS", "QUANTIZERS", "Grid", "QuantizerEntry", "QuantizerResult", "fit_grid", "gptq", "gptq_with_notes",
+    "grid_lower_bound", "quantizer", "register_quantizer", "rtn",
+]  # fmt: skip

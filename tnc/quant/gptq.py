@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from tnc.errors import FormatError, StatsError, check_finite
 from tnc.formats import IntFormat
 from tnc.quant.clip import CLIP_RATIOS, fit_grid
 from tnc.quant.grid import Grid, Levels, check_quantizable, working_dtype
+from tnc.quant.registry import QuantizerEntry, QuantizerResult, needed, register_quantizer
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
 
@@ -22,21 +22,6 @@ _LAST_DAMPING = 1e3  # a second moment factors long before; what fails here is f
 # Relative to H_jj. A pivot this small is rounding: up to 2e-11 was seen where the exact one is 0 (n = 16), and H
 # itself comes from float32 products. The default damping leaves pivots above 0.01 / n.
 _LEAST_PIVOT = 1e-8
-
-
-@dataclass(frozen=True, eq=False)
-class GptqResult:
-    """What `gptq_with_notes` returns.
-
-    Attributes:
-        term: the quantized weight.
-        damping: multiple of ``mean(diag H)`` that was added to the diagonal of H.
-        fallbacks: a sentence for everything that differs from what was asked.
-    """
-
-    term: Quantized
-    damping: float
-    fallbacks: tuple[str, ...]
 
 
 def gptq(
@@ -82,14 +67,15 @@ def gptq(
 
 def gptq_with_notes(
     weight: Tensor,
-    stats: LayerStats,
+    stats: LayerStats | None,
     format: IntFormat,
     *,
     damping: float = 0.01,
     clip_ratios: Sequence[float] = CLIP_RATIOS,
     block_size: int = 128,
-) -> GptqResult:
+) -> QuantizerResult:
     """`gptq`, with the damping used and every fallback taken, for reports."""
+    stats = needed(stats, "gptq")
     check_quantizable(weight, format, stats)
     hessian = check_finite(stats.hessian, "the second moment H").to(weight.device, torch.float64)
     if block_size < 1:
@@ -98,7 +84,7 @@ def gptq_with_notes(
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     feedback, used, fallbacks = _feedback(hessian[order][:, order], damping)
     codes = _round_with_feedback(weight, grid, feedback, order, block_size)
-    return GptqResult(Quantized.from_codes(codes, grid.scale, grid.zero, format), used, fallbacks)
+    return QuantizerResult(Quantized.from_codes(codes, grid.scale, grid.zero, format), used, fallbacks)
 
 
 def _feedback(hessian: Tensor, damping: float) -> tuple[Tensor, float, tuple[str, ...]]:
@@ -172,3 +158,9 @@ def _round_block(columns: Tensor, targets: Tensor, levels: Levels, feedback: Ten
         chosen[j] = level
         torch.addcmul(columns[j], level, levels.scale[j], value=-1, out=errors[j])
     return chosen
+
+
+register_quantizer(
+    "gptq",
+    QuantizerEntry("feedback in H, columns by falling diag(H), static groups", "arXiv:2210.17323", gptq_with_notes),
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tnc.formats import IntFormat
 from tnc.quant.clip import CLIP_RATIOS, fit_grid
 from tnc.quant.grid import check_quantizable
+from tnc.quant.registry import QuantizerEntry, QuantizerResult, register_quantizer
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
 
@@ -42,3 +43,14 @@ def rtn(
     importance = None if stats is None else stats.inputs.diagonal
     grid = fit_grid(weight, format, importance=importance, clip_ratios=clip_ratios)
     return Quantized.from_codes(grid.quantize(weight), grid.scale, grid.zero, format)
+
+
+def _run(
+    weight: Tensor, stats: LayerStats | None, format: IntFormat, *, clip_ratios: Sequence[float] = CLIP_RATIOS
+) -> QuantizerResult:
+    return QuantizerResult(rtn(weight, format, stats=stats, clip_ratios=clip_ratios))
+
+
+register_quantizer(
+    "rtn", QuantizerEntry("nearest code, clip search weighted by diag(H)", "clip search as in arXiv:2306.00978", _run)
+)
