@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnc.errors import ShapeError
-from tnc.terms import Dense, Diagonal, LowRank
+from tnc.terms import Dense, Diagonal, LowRank, Sparse
 from tnc.testing import expressions, weights
 
 
@@ -78,3 +78,36 @@ def test_diagonal_needs_a_vector(shape):
 def test_low_rank_needs_one_rank(left, right):
     with pytest.raises(ShapeError, match=r"LowRank got left .* and right .*; expected .* with one rank"):
         LowRank(torch.zeros(left), torch.zeros(right))
+
+
+def test_sparse_by_hand():
+    term = Sparse.of(torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float16))
+    assert (term.shape, term.density) == ((2, 3), 2 / 6)
+    assert term.values.tolist() == [2.0, 3.0]
+    assert term.mask.tolist() == [[0b010], [0b001]]
+    assert term.linear(torch.tensor([1.0, 10.0, 100.0])).tolist() == [20.0, 3.0]
+    assert term.storage_bits == 2 * 16 + 2 * 8
+    assert term.spec() == {"kind": "sparse", "shape": [2, 3]}
+
+
+@settings(max_examples=30, deadline=None)
+@given(matrix=weights(), seed=st.integers(0, 9))
+def test_sparse_is_exact(matrix, seed):
+    kept = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    term = Sparse.of(matrix * kept)
+    assert torch.equal(term.to_dense(), (matrix * kept).to(term.to_dense().dtype))
+    assert torch.equal(term.places(), (matrix * kept) != 0)
+    coo = (matrix * kept).double().to_sparse()
+    assert term.values.double().tolist() == coo.coalesce().values().tolist()
+
+
+def test_two_of_four_takes_nine_bits_a_weight():
+    matrix = torch.tensor([[1.0, 0.0, 0.0, 2.0] * 4]).to(torch.bfloat16)
+    assert Sparse.of(matrix).storage_bits == 16 * (8 + 1)
+
+
+def test_sparse_needs_a_matrix_and_a_mask_that_fits():
+    with pytest.raises(ShapeError, match=r"Sparse.of got a torch.int64 tensor .*floating-point matrix"):
+        Sparse.of(torch.ones(2, 2, dtype=torch.long))
+    with pytest.raises(ShapeError, match=r"mask \(2, 3\); expected a vector and a mask \(2, 1\) for in_features=3"):
+        Sparse(torch.ones(2), torch.zeros(2, 3, dtype=torch.uint8), 3)

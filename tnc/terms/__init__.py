@@ -6,8 +6,9 @@ from tnc.terms.dense import Dense
 from tnc.terms.diagonal import Diagonal
 from tnc.terms.low_rank import LowRank
 from tnc.terms.quantized import Quantized
+from tnc.terms.sparse import Sparse
 
 __all__ = [
-    "Dense", "Diagonal", "Expression", "LowRank", "Product", "Quantized", "Spec", "Sum",
+    "Dense", "Diagonal", "Expression", "LowRank", "Product", "Quantized", "Sparse", "Spec", "Sum",
     "cast", "dense64", "from_spec", "kinds", "map_tensors", "register",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from tnc.errors import RecipeError
-from tnc.terms import Dense, Diagonal, Expression, LowRank, Product, Quantized, Sum
+from tnc.terms import Dense, Diagonal, Expression, LowRank, Product, Quantized, Sparse, Sum
 from tnc.testing.strategies import SEEDS, formats, shapes
 
 Leaf = Callable[[st.DrawFn, tuple[int, int]], Expression]
@@ -88,6 +88,12 @@ def _quantized(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     return Quantized.from_codes(codes, scale.to(draw(st.sampled_from(_DTYPES))), zero, format)
 
 
+def _sparse(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    kept = torch.rand(shape, generator=generator) < draw(st.sampled_from((0.5, 0.0, 0.1, 1.0)))
+    return Sparse.of(_gaussian(draw, shape) * kept)
+
+
 def _gaussian(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(SEEDS))
     return torch.randn(shape, generator=generator).to(draw(st.sampled_from(_DTYPES)))
@@ -98,5 +104,6 @@ _LEAVES: dict[str, Leaf] = {
     "low_rank": _low_rank,
     "quantized": _quantized,
     "diagonal": _diagonal,
+    "sparse": _sparse,
 }
 _SQUARE = {"diagonal"}
