@@ -5,9 +5,10 @@ from tnc.terms.combine import Product, Sum
 from tnc.terms.dense import Dense
 from tnc.terms.diagonal import Diagonal
 from tnc.terms.low_rank import LowRank
+from tnc.terms.mpo import Mpo
 from tnc.terms.quantized import Quantized
 
 __all__ = [
-    "Dense", "Diagonal", "Expression", "LowRank", "Product", "Quantized", "Spec", "Sum",
+    "Dense", "Diagonal", "Expression", "LowRank", "Mpo", "Product", "Quantized", "Spec", "Sum",
     "cast", "dense64", "from_spec", "kinds", "map_tensors", "register",
 ]  # fmt: skip
