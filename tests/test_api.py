@@ -9,10 +9,10 @@ import tnc
 PUBLIC = {
     "RECIPES", "BitsPerWeight", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact",
     "Expression", "FactoredLinear", "IntFormat", "LayerReport", "LayerStats", "LowRank", "LowRankStage", "Metric",
-    "ModelReport", "Moments", "Product", "Quantized", "QuantizeStage", "Rank", "Recipe", "RelativeError", "Subspace",
-    "Sum", "TNCError", "calibrate", "compensate", "compress", "decompose", "evaluate", "gptq", "load_checkpoint",
-    "load_stats", "pooled_ranks", "recipe", "rtn", "save_checkpoint", "save_stats", "spectrum", "truncated_svd",
-    "unfuse_experts",
+    "ModelReport", "Moments", "Mpo", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe", "RelativeError",
+    "Subspace", "Sum", "TNCError", "balanced_modes", "calibrate", "compensate", "compress", "decompose", "evaluate",
+    "gptq", "load_checkpoint", "load_stats", "pooled_ranks", "recipe", "round_mpo", "rtn", "save_checkpoint",
+    "save_stats", "spectrum", "truncated_svd", "tt_svd", "unfuse_experts",
 }  # fmt: skip
 
 

@@ -27,11 +27,12 @@ from tnc.models.compress import compress
 from tnc.models.evaluate import Evaluation, evaluate
 from tnc.models.report import ModelReport
 from tnc.modules import FactoredLinear
+from tnc.networks import balanced_modes, round_mpo, tt_svd
 from tnc.plan import pooled_ranks
 from tnc.quant import gptq, rtn
 from tnc.stats import LayerStats, Moments
 from tnc.stats_file import load_stats, save_stats
-from tnc.terms import Dense, Diagonal, Expression, LowRank, Product, Quantized, Sum
+from tnc.terms import Dense, Diagonal, Expression, LowRank, Mpo, Product, Quantized, Sum
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "Metric",
     "ModelReport",
     "Moments",
+    "Mpo",
     "Product",
     "QuantizeStage",
     "Quantized",
@@ -63,6 +65,7 @@ __all__ = [
     "Subspace",
     "Sum",
     "TNCError",
+    "balanced_modes",
     "calibrate",
     "compensate",
     "compress",
@@ -73,10 +76,12 @@ __all__ = [
     "load_stats",
     "pooled_ranks",
     "recipe",
+    "round_mpo",
     "rtn",
     "save_checkpoint",
     "save_stats",
     "spectrum",
     "truncated_svd",
+    "tt_svd",
     "unfuse_experts",
 ]  # fmt: skip

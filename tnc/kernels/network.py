@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from string import ascii_letters
 from typing import Literal
 
@@ -42,11 +43,25 @@ class Form:
 
 
 _MATRIX = Form((("", "ab"),), out="a", into="b")
+
+
+def _mpo(cores: Tensors, shape: tuple[int, int]) -> Form:
+    """A chain of cores (r_prev, o, i, r_next); rebuilt where it is padded or longer than the alphabet."""
+    d = len(cores)
+    padded = (prod(core.shape[1] for core in cores.values()), prod(core.shape[2] for core in cores.values())) != shape
+    if padded or 3 * d + 1 > len(_LABELS):
+        return _MATRIX
+    bonds, out, into = _LABELS[: d + 1], _LABELS[d + 1 : 2 * d + 1], _LABELS[2 * d + 1 : 3 * d + 1]
+    operands = ((name, bonds[k] + out[k] + into[k] + bonds[k + 1]) for k, name in enumerate(cores))
+    return Form(tuple(operands), out, into)
+
+
 # How each kind is contracted without rebuilding its matrix. A kind that is not here is rebuilt on every call.
 _FORMS: dict[str, Callable[[Expression], Form]] = {
     "dense": lambda leaf: Form((("matrix", "ab"),), out="a", into="b"),
     "diagonal": lambda leaf: Form((("vector", "a"),), out="a", into="a"),
     "low_rank": lambda leaf: Form((("left", "ar"), ("right", "rb")), out="a", into="b"),
+    "mpo": lambda leaf: _mpo(leaf.tensors(), leaf.shape),
 }
 
 

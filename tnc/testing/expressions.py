@@ -11,7 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 from tnc.errors import RecipeError
-from tnc.terms import Dense, Diagonal, Expression, LowRank, Product, Quantized, Sparse, Sum
+from tnc.networks import balanced_modes
+from tnc.terms import Dense, Diagonal, Expression, LowRank, Mpo, Product, Quantized, Sparse, Sum
 from tnc.testing.strategies import SEEDS, formats, shapes
 
 Leaf = Callable[[st.DrawFn, tuple[int, int]], Expression]
@@ -78,6 +79,13 @@ def _low_rank(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     return LowRank(_gaussian(draw, (shape[0], rank)), _gaussian(draw, (rank, shape[1])))
 
 
+def _mpo(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    d = draw(st.integers(1, 3))
+    ranks = [1, *(draw(st.integers(0, 3)) for _ in range(d - 1)), 1]
+    modes = zip(balanced_modes(shape[0], d), balanced_modes(shape[1], d)[::-1], strict=True)
+    return Mpo(tuple(_gaussian(draw, (ranks[k], o, i, ranks[k + 1])) for k, (o, i) in enumerate(modes)), shape)
+
+
 def _quantized(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     format = draw(formats(shape[1]))
     groups = shape[1] // format.group_of(shape[1])
@@ -102,6 +110,7 @@ def _gaussian(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
 _LEAVES: dict[str, Leaf] = {
     "dense": _dense,
     "low_rank": _low_rank,
+    "mpo": _mpo,
     "quantized": _quantized,
     "diagonal": _diagonal,
     "sparse": _sparse,
