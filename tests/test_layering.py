@@ -10,7 +10,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each layer may import the layers before it and itself; a tuple is one rung whose members may not know each other.
 ORDER = [
     ("errors",), ("formats",), ("stats",), ("metric", "stats_file"), ("column_space",), ("terms",), ("quant",),
-    ("decompose",), ("plan",), ("kernels",), ("modules", "experts"), ("checkpoint", "testing"), ("models",),
+    ("decompose",), ("planning",), ("kernels",), ("modules", "experts"), ("checkpoint", "testing"), ("models",),
     ("cluster",), ("export",), ("cli", "__main__"),
 ]  # fmt: skip
 RUNG = {name: rung for rung, names in enumerate(ORDER) for name in names}

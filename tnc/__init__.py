@@ -27,7 +27,7 @@ from tnc.models.compress import compress
 from tnc.models.evaluate import Evaluation, evaluate
 from tnc.models.report import ModelReport
 from tnc.modules import FactoredLinear
-from tnc.plan import pooled_ranks
+from tnc.planning import pooled_ranks
 from tnc.quant import gptq, rtn
 from tnc.stats import LayerStats, Moments
 from tnc.stats_file import load_stats, save_stats
