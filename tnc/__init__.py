@@ -28,7 +28,7 @@ from tnc.models.evaluate import Evaluation, evaluate
 from tnc.models.report import ModelReport
 from tnc.modules import FactoredLinear
 from tnc.networks import balanced_modes, round_mpo, tt_svd
-from tnc.plan import pooled_ranks
+from tnc.planning import pooled_ranks
 from tnc.quant import gptq, rtn
 from tnc.stats import LayerStats, Moments
 from tnc.stats_file import load_stats, save_stats

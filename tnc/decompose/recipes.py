@@ -24,7 +24,7 @@ class Recipe:
         stages: fitted in this order.
         sweeps: rounds over the stages.
         options: the arguments it was built from, for reports.
-        pooled: budget in bits per weight over the whole model, spent by `tnc.plan.pooled_ranks`; the last
+        pooled: budget in bits per weight over the whole model, spent by `tnc.planning.pooled_ranks`; the last
             stage's rank is then replaced for each layer. ``None`` uses the stages as they are everywhere.
     """
 

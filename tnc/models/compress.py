@@ -20,7 +20,7 @@ from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
 from tnc.models.layers import select_layers, weight_of
 from tnc.modules import FactoredLinear
-from tnc.plan import PooledLayer, pooled_ranks
+from tnc.planning import PooledLayer, pooled_ranks
 from tnc.stats import LayerStats
 from tnc.terms import map_tensors
 

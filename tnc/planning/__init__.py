@@ -1,5 +1,5 @@
 """Planning: choosing sizes for a whole model under one budget."""
 
-from tnc.plan.pooled import PooledLayer, PooledPlan, pooled_ranks
+from tnc.planning.pooled import PooledLayer, PooledPlan, pooled_ranks
 
 __all__ = ["PooledLayer", "PooledPlan", "pooled_ranks"]

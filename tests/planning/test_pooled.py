@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tnc.errors import BudgetError
-from tnc.plan import PooledLayer, PooledPlan, pooled_ranks
+from tnc.planning import PooledLayer, PooledPlan, pooled_ranks
 
 
 def cost(layer: PooledLayer, rank: int | None) -> tuple[int, float]:
