@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parents[1] / "tnc"
 FILES = sorted(ROOT.rglob("*.py"))
 # Each layer may import the layers before it and itself; a tuple is one rung whose members may not know each other.
 ORDER = [
-    ("errors",), ("formats",), ("stats",), ("metric", "stats_file"), ("column_space",), ("terms",), ("networks",),
-    ("quant",), ("decompose",), ("plan",), ("kernels",), ("modules", "experts"), ("checkpoint", "testing"), ("models",),
-    ("cluster",), ("export",), ("cli", "__main__"),
+    ("errors",), ("formats",), ("stats",), ("metric", "stats_file"), ("column_space",), ("hadamard",), ("terms",),
+    ("networks",), ("quant",), ("decompose",), ("plan",), ("kernels",), ("modules", "experts"),
+    ("checkpoint", "testing"), ("models",), ("cluster",), ("export",), ("cli", "__main__"),
 ]  # fmt: skip
 RUNG = {name: rung for rung, names in enumerate(ORDER) for name in names}
 
