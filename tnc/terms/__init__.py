@@ -12,6 +12,7 @@ from tnc.terms.quantized import Quantized
 from tnc.terms.sparse import Sparse
 
 __all__ = [
-    "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Mpo", "Permutation", "Product", "Quantized", "Sparse", "Spec", "Sum",
+    "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Mpo", "Permutation", "Product", "Quantized", "Sparse",
+    "Spec", "Sum",
     "cast", "dense64", "from_spec", "kinds", "map_tensors", "register",
 ]  # fmt: skip
