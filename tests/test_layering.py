@@ -14,6 +14,7 @@ ORDER = [
     ("stats",),
     ("metric", "stats_file"),
     ("column_space",),
+    ("hadamard",),
     ("terms",),
     ("networks",),
     ("quant",),

@@ -14,7 +14,18 @@ from tnc.errors import BackendError, ShapeError
 from tnc.formats import IntFormat
 from tnc.kernels import Kernel, backends, register_kernel, table
 from tnc.modules import FactoredLinear
-from tnc.terms import Dense, Diagonal, LowRank, Product, Quantized, Sum, dense64, map_tensors
+from tnc.terms import (
+    Dense,
+    Diagonal,
+    Hadamard,
+    LowRank,
+    Permutation,
+    Product,
+    Quantized,
+    Sum,
+    dense64,
+    map_tensors,
+)  # fmt: skip
 
 BACKENDS = [name for name in backends() if name != "auto"]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -38,6 +49,13 @@ def nested(m=6, n=8, dtype=torch.float32):
     """(Q + L R) D: a sum inside a product."""
     vector = torch.rand(n, generator=torch.Generator().manual_seed(7)).to(dtype) + 0.5
     return Product((q_plus_lr(m, n, dtype=dtype), Diagonal(vector)))
+
+
+def rotated(m=6, n=8, dtype=torch.float32):
+    """Aᵀ (Q + L R) B P: rotations on both sides and a permutation."""
+    order = Permutation.of(torch.arange(n).flip(0))
+    ends = Hadamard.random(m).inverse(), Hadamard.random(n, seed=1)
+    return Product((ends[0], q_plus_lr(m, n, dtype=dtype), ends[1], order))
 
 
 def values(*shape, dtype=torch.float32, seed=1):
@@ -311,7 +329,7 @@ def test_to_empty_from_meta():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("make", [q_plus_lr, nested])
+@pytest.mark.parametrize("make", [q_plus_lr, nested, rotated])
 def test_compiles_into_one_graph(backend, make):
     torch._dynamo.reset()
     module = FactoredLinear(make(), values(6), backend=backend)
@@ -332,8 +350,9 @@ def test_compiles_into_one_graph(backend, make):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_exports(backend, strict, dynamic):
-    module = FactoredLinear(q_plus_lr(), values(6), backend=backend)
+@pytest.mark.parametrize("make", [q_plus_lr, rotated])
+def test_exports(backend, strict, dynamic, make):
+    module = FactoredLinear(make(), values(6), backend=backend)
     shapes = ({0: torch.export.Dim("tokens", min=1, max=4096)},) if dynamic else None
     program = torch.export.export(module, (values(7, 8),), dynamic_shapes=shapes, strict=strict).module()
     for tokens in (7, 2, 300) if dynamic else (7,):

@@ -7,8 +7,12 @@ from tnc.decompose import (
     BitsPerWeight,
     Decomposition,
     DenseStage,
+    InputPermutation,
+    InputRotation,
     LayerReport,
     LowRankStage,
+    OutputPermutation,
+    OutputRotation,
     QuantizeStage,
     Rank,
     Recipe,
@@ -32,7 +36,7 @@ from tnc.planning import pooled_ranks
 from tnc.quant import gptq, rtn
 from tnc.stats import LayerStats, Moments
 from tnc.stats_file import load_stats, save_stats
-from tnc.terms import Dense, Diagonal, Expression, LowRank, Mpo, Product, Quantized, Sum
+from tnc.terms import Dense, Diagonal, Expression, Hadamard, LowRank, Mpo, Permutation, Product, Quantized, Sum
 
 __version__ = "0.1.0"
 
@@ -47,6 +51,9 @@ __all__ = [
     "Exact",
     "Expression",
     "FactoredLinear",
+    "Hadamard",
+    "InputPermutation",
+    "InputRotation",
     "IntFormat",
     "LayerReport",
     "LayerStats",
@@ -56,6 +63,9 @@ __all__ = [
     "ModelReport",
     "Moments",
     "Mpo",
+    "OutputPermutation",
+    "OutputRotation",
+    "Permutation",
     "Product",
     "QuantizeStage",
     "Quantized",

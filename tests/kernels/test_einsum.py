@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from tnc.formats import IntFormat
+from tnc.hadamard import hadamard_matrix
 from tnc.kernels import backends, choose, network
 from tnc.kernels.einsum import Added, InTurn, _plan, _rebuild_flops
 from tnc.kernels.network import Form, Multiply, Network
-from tnc.terms import Dense, Diagonal, Expression, LowRank, Product, Quantized, Sum, base
+from tnc.terms import Dense, Diagonal, Expression, Hadamard, LowRank, Permutation, Product, Quantized, Sum, base
 
 BACKENDS = [name for name in backends() if name != "auto"]
 CPU = torch.device("cpu")
@@ -55,6 +56,21 @@ class Builder:
         vector = self.normal(m)
         return Case(Diagonal(vector), np.diag(numbers(vector)), np.diag(abs(numbers(vector))), 1)
 
+    def hadamard(self, m, transposed):
+        term = Hadamard.random(m, seed=int(self.integers(99)))
+        signs = 1 - 2.0 * np.unpackbits(term.signs.numpy(), count=m, bitorder="little")
+        block = np.ones((1, 1))
+        for factor in term.factors:
+            block = np.kron(block, hadamard_matrix(factor).numpy())
+        matrix = np.kron(np.eye(m // term.block), block) / term.block**0.5 * signs
+        matrix = matrix.T if transposed else matrix
+        return Case(term.inverse() if transposed else term, matrix, abs(matrix), 2)
+
+    def permutation(self, m):
+        order = torch.randperm(m, generator=self.generator)
+        matrix = np.eye(m)[order.numpy()]
+        return Case(Permutation.of(order), matrix, matrix, 1)
+
     def low_rank(self, m, n, rank):
         left, right = self.normal(m, rank), self.normal(rank, n)
         L, R = numbers(left), numbers(right)
@@ -77,7 +93,11 @@ def cases(draw, dtype=torch.float64, depth=2):
 
 
 def draw_case(draw, builder, m, n, depth):
-    kinds = ["dense", "low_rank", "quantized"] + ["diagonal"] * (m == n) + ["sum", "product"] * 2 * (depth > 0)
+    kinds = (
+        ["dense", "low_rank", "quantized"]
+        + ["diagonal", "hadamard", "permutation"] * (m == n)
+        + ["sum", "product"] * 2 * (depth > 0)
+    )
     kind = draw(st.sampled_from(kinds))
     if kind == "sum":
         parts = [draw_case(draw, builder, m, n, depth - 1) for _ in range(draw(st.integers(1, 3)))]
@@ -93,6 +113,10 @@ def draw_case(draw, builder, m, n, depth):
         return Case(Product(tuple(p.operator for p in parts)), matrix, absolute, sum(p.factors for p in parts))
     if kind == "diagonal":
         return builder.diagonal(m)
+    if kind == "hadamard":
+        return builder.hadamard(m, draw(st.booleans()))
+    if kind == "permutation":
+        return builder.permutation(m)
     if kind == "low_rank":
         return builder.low_rank(m, n, draw(st.integers(0, min(m, n))))
     if kind == "quantized":
@@ -373,3 +397,25 @@ def test_inputs_are_left_alone(backend):
     run(operator, x, backend)
     for name, tensor in {"x": x, **operator.tensors()}.items():
         assert torch.equal(tensor, before[name])
+
+
+def test_rotations_are_applied_and_never_rebuilt(monkeypatch):
+    def refuse(self):
+        raise AssertionError("a rotation was rebuilt")
+
+    monkeypatch.setattr(Hadamard, "to_dense", refuse)
+    monkeypatch.setattr(Permutation, "to_dense", refuse)
+    inner = Sum((Dense(torch.randn(12, 24)), LowRank(torch.randn(12, 2), torch.randn(2, 24))))
+    operator = Product((Hadamard.random(12).inverse(), inner, Diagonal(torch.ones(24)), Hadamard.random(24)))
+    for tokens in (1, 1000):
+        run(operator, torch.randn(tokens, 24), "einsum")
+    bound, _ = choose(operator, CPU, torch.float32, backend="einsum")
+    assert bound.describe().count("fast hadamard") == 2 * len(bound.plans)
+
+
+def test_a_rotation_inside_a_sum_costs_its_transform():
+    rotation = Hadamard.random(4096)
+    assert _plan(rotation, "", 3).flops == 3 * (2 * 4096 * 48 + 4096)
+    assert _rebuild_flops(rotation) == 4096 * (2 * 4096 * 48 + 4096)
+    plan = _plan(Sum((rotation, Dense(torch.zeros(4096, 4096)))), "", 64)
+    assert not plan.folded

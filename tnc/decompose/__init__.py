@@ -7,9 +7,18 @@ from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register
 from tnc.decompose.report import LayerReport, measure
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
 from tnc.decompose.stages import DenseStage, Fitted, LowRankStage, QuantizeStage, Stage, Target
+from tnc.decompose.transforms import (
+    InputPermutation,
+    InputRotation,
+    OutputPermutation,
+    OutputRotation,
+    Transform,
+    Transformed,
+)
 
 __all__ = [
-    "RECIPES", "BitsPerWeight", "Decomposition", "DenseStage", "Fitted", "LayerReport", "LowRankStage",
-    "QuantizeStage", "Rank", "Recipe", "RecipeEntry", "RelativeError", "Size", "Stage", "Target", "compensate",
+    "RECIPES", "BitsPerWeight", "Decomposition", "DenseStage", "Fitted", "InputPermutation", "InputRotation",
+    "LayerReport", "LowRankStage", "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank", "Recipe",
+    "RecipeEntry", "RelativeError", "Size", "Stage", "Target", "Transform", "Transformed", "compensate",
     "decompose", "measure", "recipe", "register_recipe", "truncated_svd",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Certified lower bounds: how small the error of a form and size can be at all.
 
 For ``base + low rank`` the bound is the Eckart–Young tail of the residual of that base; for a quantized
-matrix it holds for every assignment of codes on that grid (`tnc.quant.grid_lower_bound`).
+matrix it holds for every assignment of codes on that grid (`tnc.quant.grid_lower_bound`). Rotations, permutations
+and scalings around the form are taken as given: the bound is that of the inner problem.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tnc.column_space import spectrum
+from tnc.decompose.peel import peel
 from tnc.metric import Metric
 from tnc.quant import grid_lower_bound
 from tnc.terms import Expression, LowRank, Quantized, Sum, dense64
@@ -23,7 +25,7 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
 
     Args:
         weight: (out_features, in_features).
-        operator: a leaf, or a sum of a base and one low-rank term.
+        operator: a leaf, or a sum of a base and one low-rank term, wrapped or not.
         metric: input-side metric in which the error is reported.
 
     Returns:
@@ -32,11 +34,15 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
 
     Cost: an eigenproblem of the smaller side (low rank) or of H (quantized).
     """
+    inner = peel(weight, operator, metric)
+    if inner is None:
+        return 0.0, "lower bound not computed: the outputs are scaled"
+    weight, operator, metric = inner.weight, inner.operator, inner.metric
     low_rank, rest = _split(operator)
     if low_rank is not None:
         if min(weight.shape) > SPECTRUM_LIMIT:
             return 0.0, f"lower bound not computed: smaller side above {SPECTRUM_LIMIT}"
-        residual = weight.double() - sum(dense64(t) for t in rest)
+        residual = weight - sum(dense64(t) for t in rest)
         tail = float(spectrum(residual, metric)[low_rank.rank :].square().sum())
         return max(tail - _rounding(residual, metric), 0.0) ** 0.5, None
     if isinstance(operator, Quantized):

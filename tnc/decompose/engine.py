@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tnc.decompose.report import LayerReport, measure
 from tnc.decompose.stages import Fitted, Stage, Target
+from tnc.decompose.transforms import Transform, Transformed, apply_transforms
 from tnc.errors import RecipeError, check_matrix
 from tnc.metric import Metric
 from tnc.stats import LayerStats
@@ -30,8 +31,9 @@ class Decomposition:
 
 
 def decompose(
-    weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None = None, *, sweeps: int = 1
-) -> Decomposition:
+    weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None = None, *, sweeps: int = 1,
+    transforms: Sequence[Transform] = (),
+) -> Decomposition:  # fmt: skip
     """Factor ``weight`` into the sum of one term a stage.
 
     Args:
@@ -40,9 +42,12 @@ def decompose(
         stats: calibration statistics of the layer; without them errors are in the Frobenius norm.
         sweeps: rounds over the stages; the round with the smallest error in ``G ⊗ H`` (``H`` without
             gradients) as stored is kept.
+        transforms: changes of basis, the first outermost; the stages see the inner problem only
+            (`tnc.decompose.transforms`).
 
     Returns:
-        The operator (a `Sum`, or the single term) and its report.
+        The operator (a `Sum`, or the single term, wrapped by the transforms) and its report, measured on the
+        whole operator against ``weight``.
 
     Raises:
         RecipeError: without stages or with ``sweeps < 1``.
@@ -54,21 +59,24 @@ def decompose(
     if stats is not None:
         stats.check_weight(weight)
     start = time.perf_counter()
-    fitted = _descend(weight, stages, stats, sweeps)
-    operator = fitted[0].term if len(fitted) == 1 else Sum(tuple(f.term for f in fitted))
+    inner = apply_transforms(weight, transforms, stats)
+    fitted = _descend(inner, inner.weight.to(weight.dtype) if transforms else weight, stages, sweeps)
+    operator = inner.wrap(fitted[0].term if len(fitted) == 1 else Sum(tuple(f.term for f in fitted)))
     report = measure(
         weight, operator, stats,
         damping=max((f.damping for f in fitted if f.damping is not None), default=None),
-        fallbacks=tuple(note for f in fitted for note in f.fallbacks),
+        fallbacks=inner.notes + tuple(note for f in fitted for note in f.fallbacks),
         guaranteed_error=fitted[-1].guaranteed_error,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     return Decomposition(operator, report)
 
 
-def _descend(weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None, sweeps: int) -> list[Fitted]:
+def _descend(inner: Transformed, weight: Tensor, stages: Sequence[Stage], sweeps: int) -> list[Fitted]:
+    """The terms of the best sweep; ``weight`` is the inner weight in the dtype of the layer's."""
+    stats = inner.stats
     metric = Metric() if stats is None else Metric.auto(stats)
-    dense = weight.double()
+    dense = inner.weight
     current: list[Fitted | None] = [None] * len(stages)
     values = [torch.zeros((), dtype=torch.float64)] * len(stages)  # each term as stored, densely
     best: tuple[float, list[Fitted]] | None = None
@@ -76,7 +84,7 @@ def _descend(weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None, 
         for k, stage in enumerate(stages):
             others = [i for i in range(len(stages)) if i != k]
             residual = dense - sum(values[i] for i in others)
-            spent = sum(f.term.storage_bits for i in others if (f := current[i]) is not None)
+            spent = inner.storage_bits + sum(f.term.storage_bits for i in others if (f := current[i]) is not None)
             current[k] = stage.fit(Target(residual, weight, stats, spent))
             values[k] = dense64(current[k].term)  # type: ignore[union-attr]
         complete = [f for f in current if f is not None]

@@ -12,6 +12,7 @@ from typing import Any
 
 from tnc.decompose.sizes import BitsPerWeight, Size
 from tnc.decompose.stages import Stage
+from tnc.decompose.transforms import Transform
 from tnc.errors import RecipeError
 
 
@@ -26,6 +27,7 @@ class Recipe:
         options: the arguments it was built from, for reports.
         pooled: budget in bits per weight over the whole model, spent by `tnc.planning.pooled_ranks`; the last
             stage's rank is then replaced for each layer. ``None`` uses the stages as they are everywhere.
+        transforms: changes of basis around the stages, the first outermost.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Recipe:
     sweeps: int = 1
     options: Mapping[str, Any] | None = None
     pooled: BitsPerWeight | None = None
+    transforms: tuple[Transform, ...] = ()
 
     def describe(self) -> str:
         """Name and arguments on one line."""

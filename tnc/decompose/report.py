@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tnc.decompose.certificate import lower_bound
+from tnc.decompose.peel import leaves
 from tnc.metric import Metric
 from tnc.stats import LayerStats
-from tnc.terms import Expression, LowRank, Quantized, Sum, dense64
+from tnc.terms import Expression, LowRank, Quantized, dense64
 
 # Norms of layers up to this width are taken in float64; wider ones in float32 products with a float64 sum.
 _DOUBLE_LIMIT = 2048
@@ -109,11 +110,6 @@ def _heldout_error(error: Tensor, weight: Tensor, stats: LayerStats | None) -> f
     if stats is None or stats.heldout is None:
         return None
     return Metric(stats.heldout.second).relative(error, weight)
-
-
-def leaves(operator: Expression) -> tuple[Expression, ...]:
-    """The terms of a sum, or the expression itself."""
-    return operator.terms if isinstance(operator, Sum) else (operator,)
 
 
 def _rank_of(operator: Expression) -> int | None:

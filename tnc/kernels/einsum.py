@@ -1,6 +1,7 @@
 """The einsum kernel: contract ``x`` with the factors in the cheapest order, on every device.
 
-Products are einsum networks (`tnc.kernels.network`). A sum adds its terms' outputs, or rebuilds some terms
+Products are einsum networks (`tnc.kernels.network`), cut at rotations and permutations, which are applied to ``x``
+in O(n log n) (`tnc.kernels.applied`). A sum adds its terms' outputs, or rebuilds some terms
 into one weight first when that takes fewer FLOPs: ``Sum(quantized, low_rank)`` of shape (m, n) does so
 from about ``mn / (m + n)`` tokens on. Plans are made when the kernel is bound, one for each power of two
 tokens, and equal neighbours are merged.
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import linear
 
+from tnc.kernels.applied import applied, is_applied
 from tnc.kernels.network import Operand, Piece, contraction_path, join, network, piece, rebuilt
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.terms import Expression, Product, Sum
@@ -132,6 +134,8 @@ def _plan(expression: Expression, prefix: str, tokens: int) -> Plan:
         return _plan_sum(expression, prefix, tokens)
     if isinstance(expression, Product):
         return _plan_product(expression, prefix, tokens)
+    if is_applied(expression):
+        return applied(expression, prefix, tokens)
     return network(piece(expression, prefix), tokens)
 
 
@@ -151,14 +155,21 @@ def _plan_sum(expression: Sum, prefix: str, tokens: int) -> Added:
 
 
 def _plan_product(expression: Product, prefix: str, tokens: int) -> Plan:
-    """One network where the legs fit; a sum inside is applied in its place, or rebuilt when cheaper."""
+    """One network where the legs fit; a sum inside is applied in its place, or rebuilt when cheaper.
+
+    Leaves that apply themselves (`tnc.kernels.applied`) stay between the networks of their neighbours.
+    """
     named = [(term, f"{prefix}{i}.") for i, term in enumerate(expression.terms)]
-    in_turn = _chain([_plan(t, p, tokens) if isinstance(t, Sum) else piece(t, p) for t, p in named], tokens)
+    in_turn = _chain([_plan(t, p, tokens) if isinstance(t, Sum) else _link(t, p, tokens) for t, p in named], tokens)
     sums = [term for term in expression.terms if isinstance(term, Sum)]
     if not sums:
         return in_turn
-    whole = _chain([piece(term, place) for term, place in named], tokens)
+    whole = _chain([_link(term, place, tokens) for term, place in named], tokens)
     return whole if whole.flops + sum(map(_rebuild_flops, sums)) < in_turn.flops else in_turn
+
+
+def _link(term: Expression, prefix: str, tokens: int) -> Plan | Piece:
+    return applied(term, prefix, tokens) if is_applied(term) else piece(term, prefix)
 
 
 def _chain(parts: list[Plan | Piece], tokens: int) -> Plan:
@@ -180,6 +191,8 @@ def _rebuild_flops(expression: Expression) -> float:
     if isinstance(expression, Product):
         multiply = sum(2 * prod(term.shape) * columns for term in expression.terms[:-1])
         return sum(map(_rebuild_flops, expression.terms)) + multiply
+    if is_applied(expression):
+        return applied(expression, "", columns).flops
     leaf = piece(expression, "")
     if len(leaf.operands) == 1:
         return 0.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
 from tnc.column_space import spectrum
-from tnc.decompose import Decomposition, DenseStage, LowRankStage, Rank, Recipe, Stage, decompose
+from tnc.decompose import Decomposition, DenseStage, LowRankStage, Rank, Recipe, decompose
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
@@ -83,8 +83,8 @@ def compress(
     done = 0
     for group in groups:
         for name, layer_stats in group.items():
-            stages = _stages(recipe, dtype) if plan is None else _planned(recipe, plan[name], dtype)
-            found = _finished(weight_of(layers[name]).detach(), stages, recipe.sweeps, layer_stats, dtype, journal)
+            each = _staged(recipe, dtype) if plan is None else _planned(recipe, plan[name], dtype)
+            found = _finished(weight_of(layers[name]).detach(), each, layer_stats, dtype, journal)
             _swap(target, name, layers[name], found, backend)
             done += 1
             if progress is not None:
@@ -114,25 +114,23 @@ def _groups(
 
 
 def _finished(
-    weight: Tensor, stages: tuple[Stage, ...], sweeps: int, stats: LayerStats | None, dtype: torch.dtype | None,
-    journal: Journal | None,
+    weight: Tensor, recipe: Recipe, stats: LayerStats | None, dtype: torch.dtype | None, journal: Journal | None
 ) -> Record:  # fmt: skip
     """The decomposed layer: from the journal if it is there, else computed and recorded."""
     if journal is None:
-        return _decomposed(weight, stages, sweeps, stats, dtype)
-    key = digest([version("tnc"), repr((stages, sweeps, dtype)), weight, *_moments(stats)])
+        return _decomposed(weight, recipe, stats, dtype)
+    fitted_by = repr((recipe.stages, recipe.sweeps, recipe.transforms, dtype))
+    key = digest([version("tnc"), fitted_by, weight, *_moments(stats)])
     record = journal.find(key)
     if record is None:
-        record = _decomposed(weight, stages, sweeps, stats, dtype)
+        record = _decomposed(weight, recipe, stats, dtype)
         journal.add(key, record.operator, record.report)
         return record
     return Record(map_tensors(record.operator, lambda t: t.to(weight.device)), record.report)
 
 
-def _decomposed(
-    weight: Tensor, stages: tuple[Stage, ...], sweeps: int, stats: LayerStats | None, dtype: torch.dtype | None
-) -> Record:
-    found = decompose(weight, stages, stats, sweeps=sweeps)
+def _decomposed(weight: Tensor, recipe: Recipe, stats: LayerStats | None, dtype: torch.dtype | None) -> Record:
+    found = decompose(weight, recipe.stages, stats, sweeps=recipe.sweeps, transforms=recipe.transforms)
     if found.operator.storage_bits > _dense_bits(weight, dtype):
         found = _kept_dense(weight, found, stats, dtype)
     return Record(found.operator, found.report.to_json())
@@ -166,11 +164,13 @@ def _kept_dense(
     return Decomposition(dense.operator, replace(dense.report, fallbacks=(note,)))
 
 
-def _stages(recipe: Recipe, dtype: torch.dtype | None) -> tuple[Stage, ...]:
-    return tuple(
+def _staged(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
+    """The recipe with factors stored in ``dtype`` where its stages name none."""
+    stages = tuple(
         replace(stage, dtype=dtype) if isinstance(stage, LowRankStage) and stage.dtype is None else stage
         for stage in recipe.stages
     )
+    return replace(recipe, stages=stages)
 
 
 def _pool(
@@ -189,10 +189,10 @@ def _pool(
     return pooled_ranks(pooled, recipe.pooled.value).ranks
 
 
-def _planned(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> tuple[Stage, ...]:
+def _planned(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> Recipe:
     if rank is None:
-        return (DenseStage(dtype),)
-    *first, last = _stages(recipe, dtype)
+        return replace(recipe, stages=(DenseStage(dtype),), transforms=())
+    *first, last = _staged(recipe, dtype).stages
     if not isinstance(last, LowRankStage):
         raise ModelError(f"recipe {recipe.name!r} is pooled but does not end with a low-rank stage.")
-    return (*first, replace(last, rank=Rank(rank)))
+    return replace(recipe, stages=(*first, replace(last, rank=Rank(rank))))

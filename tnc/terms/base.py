@@ -30,7 +30,7 @@ class Expression(abc.ABC):
 
     @abc.abstractmethod
     def to_dense(self) -> Tensor:
-        """The matrix, in the widest float dtype stored and at least float32."""
+        """The matrix, in the widest float dtype stored and at least float32; float64 where exactness needs it."""
 
     @abc.abstractmethod
     def linear(self, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def cast(expression: Expression, dtype: torch.dtype) -> Expression:
 
 def dense64(expression: Expression) -> Tensor:
     """The matrix an expression stands for **as stored**, evaluated in float64."""
-    return cast(expression, torch.float64).to_dense()
+    return cast(expression, torch.float64).to_dense().double()
 
 
 def wide(*tensors: Tensor) -> torch.dtype:

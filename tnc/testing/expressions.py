@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tnc.errors import RecipeError
 from tnc.networks import balanced_modes
-from tnc.terms import Dense, Diagonal, Expression, LowRank, Mpo, Product, Quantized, Sparse, Sum
+from tnc.terms import Dense, Diagonal, Expression, Hadamard, LowRank, Mpo, Permutation, Product, Quantized, Sparse, Sum
 from tnc.testing.strategies import SEEDS, formats, shapes
 
 Leaf = Callable[[st.DrawFn, tuple[int, int]], Expression]
@@ -28,7 +28,7 @@ def expressions(
 
     Args:
         shape: (out_features, in_features); ``None`` draws one.
-        kinds: kinds of leaves, by default all; ``diagonal`` appears where a square term fits.
+        kinds: kinds of leaves, by default all; square kinds appear where they fit.
         depth: 0 gives leaves only.
 
     Raises:
@@ -102,6 +102,16 @@ def _sparse(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     return Sparse.of(_gaussian(draw, shape) * kept)
 
 
+def _hadamard(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    rotation = Hadamard.random(shape[0], seed=draw(SEEDS))
+    return rotation.inverse() if draw(st.booleans()) else rotation
+
+
+def _permutation(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    return Permutation.of(torch.randperm(shape[0], generator=generator))
+
+
 def _gaussian(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(SEEDS))
     return torch.randn(shape, generator=generator).to(draw(st.sampled_from(_DTYPES)))
@@ -114,5 +124,7 @@ _LEAVES: dict[str, Leaf] = {
     "quantized": _quantized,
     "diagonal": _diagonal,
     "sparse": _sparse,
+    "hadamard": _hadamard,
+    "permutation": _permutation,
 }
-_SQUARE = {"diagonal"}
+_SQUARE = {"diagonal", "hadamard", "permutation"}
