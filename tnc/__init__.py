@@ -24,6 +24,7 @@ from tnc.decompose import (
 )
 from tnc.errors import TNCError
 from tnc.experts import unfuse_experts
+from tnc.foreign import load_base
 from tnc.formats import IntFormat
 from tnc.metric import Metric
 from tnc.models.calibrate import calibrate
@@ -82,6 +83,7 @@ __all__ = [
     "decompose",
     "evaluate",
     "gptq",
+    "load_base",
     "load_checkpoint",
     "load_stats",
     "pooled_ranks",

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from quantized_folder import gptq_folder
 from typer.testing import CliRunner
 
 from tnc.cli import app
@@ -178,3 +179,17 @@ def test_an_interrupted_run_goes_on(folder, monkeypatch):
     assert (not out.exists(), len(list(resume.iterdir()))) == (True, 4)
     assert "4 finished layers" in call(*asked).output
     assert (out.exists(), resume.exists(), len(calls)) == (True, False, 5 + 14 - 4)
+
+
+def test_a_quantized_folder_is_compensated(folder):
+    small = folder / "of a base"
+    asked = ("compress", folder / "dense", "--base", folder / "gptq", "--calib", folder / "calib.txt", "--json")
+    message = call(*asked, "--recipe", "rtn", "--bits", 4, "--out", small, code=2).output
+    assert "use --recipe compensate" in message
+    call(*asked, "--recipe", "compensate", "--rank", 4, "--out", small, code=2)  # no such folder yet
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "dense")
+    gptq_folder(model.float(), folder / "gptq")
+    found = json.loads(call(*asked, "--recipe", "compensate", "--rank", 4, "--out", small).stdout)
+    layer = found["layers"]["model.layers.0.self_attn.q_proj"]
+    assert (layer["rank"], layer["bits"], len(found["layers"])) == (4, 4, 8)
+    assert layer["relative_error"] > 0

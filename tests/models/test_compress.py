@@ -47,6 +47,7 @@ ALL = [
     ("gptq", {"bits": 3, "group_size": 16}), ("lorc", {"bits": 2, "group_size": 16, "rank": 4}),
     ("lqer", {"bits": 2, "group_size": 16, "rank": 4}), ("qera", {"bits": 2, "group_size": 16, "rank": 4}),
     ("eora", {"bits": 2, "group_size": 16, "rank": 4}), ("qlr_fisher", {"bits": 2, "group_size": 16, "rank": 4}),
+    ("compensate", {"rank": 8}),
 ]  # fmt: skip
 
 

@@ -59,6 +59,12 @@ def compress(
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --rank: largest relative error of a layer.")] = None,
     bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that GPTQModel, AutoAWQ or compressed-tensors wrote, or a pruned model: kept, and compensated."
+        ),
+    ] = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics file: read if it exists, else written.")] = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence; default 512 or the model's limit.")] = None,
@@ -79,7 +85,7 @@ def compress(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
             symmetric=symmetric or None, rank=rank, error=error, bpw=bpw, stats=stats, sequences=sequences,
             context=context, fisher=fisher, sequential=sequential, include=include, exclude=exclude, seed=seed,
-            device=device,
+            device=device, base=base,
         ),
         as_json=as_json,
     )  # fmt: skip

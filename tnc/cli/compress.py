@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 from tnc.checkpoint import Journal, check_output_folder, save_checkpoint
 from tnc.cli import console
 from tnc.cli.sources import context_of, open_model, open_text, resolve_device
-from tnc.decompose import BitsPerWeight, Recipe, RelativeError, Size, recipe
+from tnc.decompose import BitsPerWeight, QuantizeStage, Recipe, RelativeError, Size, recipe
 from tnc.errors import RecipeError
+from tnc.foreign import load_base
 from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
 from tnc.models.evaluate import evaluate, model_bytes
@@ -23,6 +25,7 @@ from tnc.models.report import ModelReport
 from tnc.models.text import calibration_batches, token_windows
 from tnc.stats import LayerStats
 from tnc.stats_file import load_stats, save_stats
+from tnc.terms import Expression
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class CompressOptions:
     exclude: list[str] | None
     seed: int
     device: str
+    base: Path | None = None
 
 
 def run_compress(options: CompressOptions, *, as_json: bool) -> None:
@@ -60,6 +64,7 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
     model, tokenizer = open_model(options.model, device=device)
     stored = _stored_dtype(model)
     model = model.float()
+    bases = _bases(options, chosen, model)
     journal = Journal(options.out.with_name(f"{options.out.name}.resume"))
     if len(journal):
         console.note(
@@ -70,6 +75,7 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
         small = compress(
             model, chosen, **data, fisher=options.fisher, sequential=options.sequential, include=options.include,
             exclude=options.exclude, dtype=stored, seed=options.seed, inplace=True, progress=progress, journal=journal,
+            bases=bases,
         )  # fmt: skip
         measured = _measured(options, small, tokenizer, ModelReport.of(small), progress)
     small = small.to(stored)  # what was not factored goes back to the dtype it came in
@@ -84,6 +90,19 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
         console.print_json(result)
     else:
         _print(result)
+
+
+def _bases(options: CompressOptions, chosen: Recipe, model: nn.Module) -> Mapping[str, Expression] | None:
+    """The layers of ``--base``, checked against the model."""
+    if options.base is None:
+        return None
+    if any(isinstance(stage, QuantizeStage) for stage in chosen.stages):
+        raise RecipeError(
+            f"--base brings a quantized base and recipe {chosen.name!r} makes one of its own; use --recipe compensate."
+        )
+    base = load_base(options.base)
+    base.check_model(model)
+    return base.layers
 
 
 def _measured(

@@ -16,6 +16,7 @@ from torch import Tensor
 from tnc.column_space import Solver
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.decompose.sizes import Size
+from tnc.errors import check_same_shape
 from tnc.formats import IntFormat
 from tnc.metric import Metric
 from tnc.quant import CLIP_RATIOS, quantizer
@@ -125,6 +126,22 @@ class LowRankStage:
         tail = max(metric.squared_norm(target.residual) - found.captured, 0.0) ** 0.5
         guaranteed = tail / max(metric.norm(target.weight.double()), 1e-300)
         return Fitted(found.term, fallbacks=notes, guaranteed_error=guaranteed)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenStage:
+    """A base that exists already, such as a layer that another tool quantized: kept bit for bit.
+
+    Attributes:
+        term: of the layer's shape.
+    """
+
+    term: Expression = field(repr=False)
+
+    def fit(self, target: Target) -> Fitted:
+        """The term itself."""
+        check_same_shape(self.term.shape, tuple(target.weight.shape), "the given base", "weight")
+        return Fitted(self.term)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack`: (..., bytes) uint8 to (..., count) uint8 codes."""
     _check_bits(bits)
     if bits == 8:
-        return packed
+        return packed[..., :count]
     *batch, length = packed.shape
     padded = torch.nn.functional.pad(packed.to(torch.int64), (0, -length % bits))
     groups = padded.reshape(*batch, -(-length // bits), bits)

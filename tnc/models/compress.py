@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
 from tnc.column_space import spectrum
-from tnc.decompose import Decomposition, DenseStage, LowRankStage, Rank, Recipe, decompose
+from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, Rank, Recipe, decompose
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
@@ -22,7 +22,7 @@ from tnc.models.layers import select_layers, weight_of
 from tnc.modules import FactoredLinear
 from tnc.planning import PooledLayer, pooled_ranks
 from tnc.stats import LayerStats
-from tnc.terms import map_tensors
+from tnc.terms import Expression, map_tensors
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,7 +32,7 @@ def compress(
     stats: Mapping[str, LayerStats] | None = None, fisher: bool = True, heldout_share: float = 0.1,
     sequential: bool = False, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None,
     dtype: torch.dtype | None = None, seed: int = 0, backend: str = "auto", inplace: bool = False,
-    progress: Progress | None = None, journal: Journal | None = None,
+    progress: Progress | None = None, journal: Journal | None = None, bases: Mapping[str, Expression] | None = None,
 ) -> nn.Module:  # fmt: skip
     """Compress the linear layers of a model's blocks; embeddings, norms and the head stay as they are.
 
@@ -55,6 +55,8 @@ def compress(
         progress: called with (stage, done, total).
         journal: keeps every finished layer; a run that was killed takes the layers it finds there and decomposes
             the others only. Calibration is repeated unless ``stats`` are given.
+        bases: layer name to a term that stays as it is and that the stages add to, as `tnc.load_base` reads them;
+            layers without one stay dense.
 
     Returns:
         The model with `FactoredLinear` layers, each with a ``report``; `ModelReport.of` collects them.
@@ -72,6 +74,9 @@ def compress(
         )
     target = model if inplace else copy.deepcopy(model)
     layers = select_layers(target, include, exclude)
+    if bases is not None:
+        include, exclude = _with_base(layers, bases), None
+        layers = {name: layers[name] for name in include}
     options: dict[str, Any] = {
         "fisher": fisher, "heldout_share": heldout_share, "include": include, "exclude": exclude, "seed": seed,
         "progress": progress,
@@ -83,7 +88,8 @@ def compress(
     done = 0
     for group in groups:
         for name, layer_stats in group.items():
-            each = _staged(recipe, dtype) if plan is None else _planned(recipe, plan[name], dtype)
+            asked = recipe if bases is None else _on_base(recipe, bases[name])
+            each = _staged(asked, dtype) if plan is None else _planned(asked, plan[name], dtype)
             found = _finished(weight_of(layers[name]).detach(), each, layer_stats, dtype, journal)
             _swap(target, name, layers[name], found, backend)
             done += 1
@@ -91,6 +97,20 @@ def compress(
                 progress("compress", done, len(layers))
     target.tnc_recipe = recipe.describe()  # type: ignore[assignment]
     return target
+
+
+def _with_base(layers: Mapping[str, nn.Module], bases: Mapping[str, Expression]) -> list[str]:
+    found = [name for name in layers if name in bases]
+    if not found:
+        raise ModelError(
+            f"none of the {len(layers)} selected layers has a base; there are bases of {', '.join(list(bases)[:3])}. "
+            "Pass the dense model that the bases were made from."
+        )
+    return found
+
+
+def _on_base(recipe: Recipe, base: Expression) -> Recipe:
+    return replace(recipe, stages=(GivenStage(base), *recipe.stages))
 
 
 def _groups(
@@ -120,7 +140,8 @@ def _finished(
     if journal is None:
         return _decomposed(weight, recipe, stats, dtype)
     fitted_by = repr((recipe.stages, recipe.sweeps, recipe.transforms, dtype))
-    key = digest([version("tnc"), fitted_by, weight, *_moments(stats)])
+    given = [t for s in recipe.stages if isinstance(s, GivenStage) for t in s.term.tensors().values()]
+    key = digest([version("tnc"), fitted_by, weight, *_moments(stats), *given])
     record = journal.find(key)
     if record is None:
         record = _decomposed(weight, recipe, stats, dtype)

@@ -59,5 +59,7 @@ for _name, _summary, _source, _options, _build in (
      (*_BASE, "rank"), partial(_compensated, "gptq", Metric.full)),
     ("qlr_fisher", "GPTQ + SVD of the residual in G ⊗ H: predicted nats", "MATH.md sections 0 and 1",
      (*_BASE, "rank"), partial(_compensated, "gptq", Metric.fisher)),
+    ("compensate", "SVD of what a given base leaves over, in G ⊗ H (H without gradients); alone, of the weight itself",
+     "EoRA, arXiv:2410.21271; MATH.md sections 0 and 1", _SIZE, partial(_low_rank, Metric.auto)),
 ):  # fmt: skip
     register_recipe(_name, RecipeEntry(_summary, _source, _options, _build))
