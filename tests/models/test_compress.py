@@ -47,6 +47,8 @@ ALL = [
     ("gptq", {"bits": 3, "group_size": 16}), ("lorc", {"bits": 2, "group_size": 16, "rank": 4}),
     ("lqer", {"bits": 2, "group_size": 16, "rank": 4}), ("qera", {"bits": 2, "group_size": 16, "rank": 4}),
     ("eora", {"bits": 2, "group_size": 16, "rank": 4}), ("qlr_fisher", {"bits": 2, "group_size": 16, "rank": 4}),
+    ("block_low_rank", {"rank": 2, "blocks": 4}), ("monarch", {"rank": 2, "blocks": 4}),
+    ("blast", {"rank": 6, "blocks": 4}),
 ]  # fmt: skip
 
 
