@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tnc.column_space import spectrum
+from tnc.decompose.form_bound import form_bound
 from tnc.decompose.peel import peel
 from tnc.metric import Metric
 from tnc.quant import grid_lower_bound
-from tnc.terms import Expression, LowRank, Quantized, Sum, dense64
+from tnc.terms import Blast, BlockLowRank, Expression, LowRank, Quantized, Sum, dense64
 
 # The exact spectrum of a wider layer (smaller side) takes minutes; its bound is left at 0 with a note.
 SPECTRUM_LIMIT = 8192
@@ -25,21 +26,21 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
 
     Args:
         weight: (out_features, in_features).
-        operator: a leaf, or a sum of a base and one low-rank term, wrapped or not.
+        operator: a leaf, or a sum of a base and one low-rank or structured term, wrapped or not.
         metric: input-side metric in which the error is reported.
 
     Returns:
         The bound (absolute, not squared, its float64 rounding taken off), and a note where no bound better
         than 0 was computed.
 
-    Cost: an eigenproblem of the smaller side (low rank) or of H (quantized).
+    Cost: an eigenproblem of the smaller side (low rank), of H (quantized), or of the blocks (structured forms).
     """
     inner = peel(weight, operator, metric)
     if inner is None:
         return 0.0, "lower bound not computed: the outputs are scaled"
     weight, operator, metric = inner.weight, inner.operator, inner.metric
-    low_rank, rest = _split(operator)
-    if low_rank is not None:
+    low_rank, rest = _split(operator, LowRank)
+    if isinstance(low_rank, LowRank):
         if min(weight.shape) > SPECTRUM_LIMIT:
             return 0.0, f"lower bound not computed: smaller side above {SPECTRUM_LIMIT}"
         residual = weight - sum(dense64(t) for t in rest)
@@ -48,6 +49,10 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
     if isinstance(operator, Quantized):
         hessian = torch.eye(weight.shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian
         return grid_lower_bound(weight, operator, hessian) ** 0.5, None
+    structured, rest = _split(operator, BlockLowRank, Blast)
+    if structured is not None:
+        residual = weight - sum(dense64(t) for t in rest)
+        return max(form_bound(residual, structured, metric) - _rounding(residual, metric), 0.0) ** 0.5, None
     return 0.0, None
 
 
@@ -57,10 +62,10 @@ def _rounding(residual: Tensor, metric: Metric) -> float:
     return sum(residual.shape) * torch.finfo(torch.float64).eps * float(residual.norm()) ** 2 * h
 
 
-def _split(operator: Expression) -> tuple[LowRank | None, tuple[Expression, ...]]:
-    """The one low-rank term of an operator and the other terms; (None, ()) if there is not exactly one."""
+def _split(operator: Expression, *kinds: type[Expression]) -> tuple[Expression | None, tuple[Expression, ...]]:
+    """The one term of these kinds in an operator and the other terms; (None, ()) if there is not exactly one."""
     terms = operator.terms if isinstance(operator, Sum) else (operator,)
-    found = [t for t in terms if isinstance(t, LowRank)]
+    found = [t for t in terms if isinstance(t, kinds)]
     if len(found) != 1:
         return None, ()
     return found[0], tuple(t for t in terms if t is not found[0])

@@ -66,7 +66,7 @@ def register_recipe(name: str, entry: RecipeEntry) -> None:
 
 def recipe(
     name: str, *, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None,
-    rank: Size | None = None,
+    rank: Size | None = None, blocks: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Build a recipe of `RECIPES`.
 
@@ -75,7 +75,8 @@ def recipe(
         bits: width of the quantized base.
         group_size: input columns that share a scale; ``None`` is one group a row.
         symmetric: zero points fixed at mid-range; default asymmetric.
-        rank: of the low-rank term: an int, `Rank`, `RelativeError` or `BitsPerWeight`.
+        rank: of the low-rank or structured term: an int, `Rank`, `RelativeError` or `BitsPerWeight`.
+        blocks: of a structured term, on each side of the weight.
 
     Raises:
         RecipeError: for an unknown name (lists the valid ones), an option the recipe does not take, or a missing one.
@@ -83,7 +84,7 @@ def recipe(
     entry = RECIPES.get(_key(name))
     if entry is None:
         raise RecipeError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}.")
-    given = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank}
+    given = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank, "blocks": blocks}
     given = {k: v for k, v in given.items() if v is not None}
     foreign = [k for k in given if k not in entry.options]
     missing = [k for k in ("bits", "rank") if k in entry.options and k not in given]

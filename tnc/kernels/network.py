@@ -62,6 +62,9 @@ _FORMS: dict[str, Callable[[Expression], Form]] = {
     "diagonal": lambda leaf: Form((("vector", "a"),), out="a", into="a"),
     "low_rank": lambda leaf: Form((("left", "ar"), ("right", "rb")), out="a", into="b"),
     "mpo": lambda leaf: _mpo(leaf.tensors(), leaf.shape),
+    "block_low_rank": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="jl", into="ki"),
+    "monarch": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="lj", into="ki"),
+    "blast": lambda leaf: Form((("left", "alr"), ("coupling", "abr"), ("right", "brc")), out="al", into="bc"),
 }
 
 

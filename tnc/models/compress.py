@@ -15,6 +15,7 @@ from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
 from tnc.column_space import spectrum
 from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, Rank, Recipe, decompose
+from tnc.decompose.forms import FormStage
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
@@ -188,7 +189,7 @@ def _kept_dense(
 def _staged(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
     """The recipe with factors stored in ``dtype`` where its stages name none."""
     stages = tuple(
-        replace(stage, dtype=dtype) if isinstance(stage, LowRankStage) and stage.dtype is None else stage
+        replace(stage, dtype=dtype) if isinstance(stage, LowRankStage | FormStage) and stage.dtype is None else stage
         for stage in recipe.stages
     )
     return replace(recipe, stages=stages)

@@ -16,6 +16,7 @@ require_hypothesis()
 
 from tnc.testing.decomposer_laws import check_decomposer  # noqa: E402
 from tnc.testing.expressions import expressions  # noqa: E402
+from tnc.testing.form_laws import check_form  # noqa: E402
 from tnc.testing.matrices import HESSIANS, SPECTRA, make_hessian, make_weight  # noqa: E402
 from tnc.testing.mpo_laws import MpoCase, check_mpo_decomposer, check_mpo_tolerance, mpo_cases, mpos  # noqa: E402
 from tnc.testing.problems import METRICS, WeightedProblem, make_problem  # noqa: E402
@@ -24,7 +25,7 @@ from tnc.testing.strategies import formats, hessians, weighted_problems, weights
 from tnc.testing.term_laws import check_term  # noqa: E402
 
 __all__ = [
-    "HESSIANS", "METRICS", "SPECTRA", "MpoCase", "WeightedProblem", "check_decomposer", "check_mpo_decomposer",
-    "check_mpo_tolerance", "check_quantizer", "check_term", "expressions", "formats", "hessians", "make_hessian",
-    "make_problem", "make_weight", "mpo_cases", "mpos", "weighted_problems", "weights",
+    "HESSIANS", "METRICS", "SPECTRA", "MpoCase", "WeightedProblem", "check_decomposer", "check_form",
+    "check_mpo_decomposer", "check_mpo_tolerance", "check_quantizer", "check_term", "expressions", "formats",
+    "hessians", "make_hessian", "make_problem", "make_weight", "mpo_cases", "mpos", "weighted_problems", "weights",
 ]  # fmt: skip

@@ -135,7 +135,7 @@ def zero_gives_zero(decomposer: Decomposer, case: RankCase) -> None:
 
 def error_is_at_least_the_tail(decomposer: Decomposer, case: RankCase) -> None:
     """No matrix of that rank is closer than the Eckart-Young tail."""
-    error, tail, allowance = _judge(decomposer, case)
+    error, tail, allowance = judge(decomposer, case)
     require(
         error >= tail - allowance,
         f"expected an error of at least {tail:.9g}, the optimum for rank {case.rank}; got {error:.9g}, "
@@ -146,7 +146,7 @@ def error_is_at_least_the_tail(decomposer: Decomposer, case: RankCase) -> None:
 def full_rank_reconstructs(decomposer: Decomposer, case: RankCase) -> None:
     """At full rank nothing is left in the metric."""
     full = RankCase(case.problem, min(case.problem.weight.shape))
-    error, _, allowance = _judge(decomposer, full)
+    error, _, allowance = judge(decomposer, full)
     message = f"expected error 0 within {allowance:.3g} at rank {full.rank}; got {error:.9g}"
     require(error <= allowance, message)
 
@@ -155,8 +155,8 @@ def rank_never_hurts(decomposer: Decomposer, case: RankCase) -> None:
     """One rank more never increases the error."""
     if case.rank == min(case.problem.weight.shape):
         return
-    error, _, allowance = _judge(decomposer, case)
-    more, _, more_allowance = _judge(decomposer, RankCase(case.problem, case.rank + 1))
+    error, _, allowance = judge(decomposer, case)
+    more, _, more_allowance = judge(decomposer, RankCase(case.problem, case.rank + 1))
     require(
         more <= error + allowance + more_allowance,
         f"expected an error of at most {error:.9g}, that of rank {case.rank}, at rank {case.rank + 1}; got {more:.9g}",
@@ -166,7 +166,7 @@ def rank_never_hurts(decomposer: Decomposer, case: RankCase) -> None:
 def error_scales_with_the_weight(decomposer: Decomposer, case: RankCase) -> None:
     """Four times the weight has four times the error."""
     weight, metric = case.problem.weight, case.problem.metric
-    error, _, allowance = _judge(decomposer, case)
+    error, _, allowance = judge(decomposer, case)
     larger = decomposer(4 * weight, case.rank, metric)
     scaled = error_in(metric, weight.double() - dense64(larger) / 4)
     bound = allowance + _allowance(case.problem, larger) / 4
@@ -178,7 +178,7 @@ def error_scales_with_the_weight(decomposer: Decomposer, case: RankCase) -> None
 
 def error_equals_the_tail(decomposer: Decomposer, case: RankCase) -> None:
     """The result is optimal in the metric."""
-    error, tail, allowance = _judge(decomposer, case)
+    error, tail, allowance = judge(decomposer, case)
     require(
         error <= tail + allowance,
         f"expected the optimal error {tail:.9g} for rank {case.rank} within {allowance:.3g}; got {error:.9g}",
@@ -197,8 +197,8 @@ def _run(decomposer: Decomposer, case: RankCase) -> Expression:
     return decomposer(case.problem.weight, case.rank, case.problem.metric)
 
 
-def _judge(decomposer: Decomposer, case: RankCase) -> tuple[float, float, float]:
-    """Error as stored, Eckart-Young tail, allowance."""
+def judge(decomposer: Decomposer, case: RankCase) -> tuple[float, float, float]:
+    """Error of the result as stored, Eckart-Young tail of the rank, and the allowance for rounding."""
     weight, metric = case.problem.weight.clone(), case.problem.metric
     result = _run(decomposer, case)
     tail = float(eckart_young(weight, metric)[case.rank :].norm())

@@ -6,13 +6,29 @@ A new kind of leaf joins with one builder in the table below.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
 
 from tnc.errors import RecipeError
 from tnc.networks import balanced_modes
-from tnc.terms import Dense, Diagonal, Expression, Hadamard, LowRank, Mpo, Permutation, Product, Quantized, Sparse, Sum
+from tnc.terms import (
+    Blast,
+    BlockLowRank,
+    Dense,
+    Diagonal,
+    Expression,
+    Hadamard,
+    LowRank,
+    Monarch,
+    Mpo,
+    Permutation,
+    Product,
+    Quantized,
+    Sparse,
+    Sum,
+)
 from tnc.testing.strategies import SEEDS, formats, shapes
 
 Leaf = Callable[[st.DrawFn, tuple[int, int]], Expression]
@@ -112,6 +128,25 @@ def _permutation(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     return Permutation.of(torch.randperm(shape[0], generator=generator))
 
 
+def _blocks(draw: st.DrawFn, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Numbers of blocks and sizes of a block, (out, in)."""
+    counts = tuple(draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0])) for size in shape)
+    return (counts[0], counts[1]), (shape[0] // counts[0], shape[1] // counts[1])
+
+
+def _block_low_rank(draw: st.DrawFn, shape: tuple[int, int], cls: type[BlockLowRank] = BlockLowRank) -> Expression:
+    (p, q), (rows, columns) = _blocks(draw, shape)
+    rank = draw(st.integers(0, min(rows, columns)))
+    return cls(_gaussian(draw, (p, rows, q, rank)), _gaussian(draw, (q, p, rank, columns)))
+
+
+def _blast(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    (p, q), (rows, columns) = _blocks(draw, shape)
+    rank = draw(st.integers(0, min(shape)))
+    sizes = ((p, rows, rank), (p, q, rank), (q, rank, columns))
+    return Blast(*(_gaussian(draw, size) for size in sizes))
+
+
 def _gaussian(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(SEEDS))
     return torch.randn(shape, generator=generator).to(draw(st.sampled_from(_DTYPES)))
@@ -126,5 +161,8 @@ _LEAVES: dict[str, Leaf] = {
     "sparse": _sparse,
     "hadamard": _hadamard,
     "permutation": _permutation,
+    "block_low_rank": _block_low_rank,
+    "monarch": partial(_block_low_rank, cls=Monarch),
+    "blast": _blast,
 }
 _SQUARE = {"diagonal", "hadamard", "permutation"}
