@@ -13,6 +13,5 @@ from tnc.terms.sparse import Sparse
 
 __all__ = [
     "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Mpo", "Permutation", "Product", "Quantized", "Sparse",
-    "Spec", "Sum",
-    "cast", "dense64", "from_spec", "kinds", "map_tensors", "register",
+    "Spec", "Sum", "cast", "dense64", "from_spec", "kinds", "map_tensors", "register",
 ]  # fmt: skip
