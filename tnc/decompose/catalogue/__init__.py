@@ -4,4 +4,4 @@ A row is a name, one line of what it does, its source, the options it takes and 
 stages. Where a recipe departs from its paper, the summary says so.
 """
 
-from tnc.decompose.catalogue import spine  # noqa: F401  registers its rows
+from tnc.decompose.catalogue import rotated, spine  # noqa: F401  registers their rows
