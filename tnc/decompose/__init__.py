@@ -5,6 +5,7 @@ from tnc.decompose.engine import Decomposition, decompose
 from tnc.decompose.low_rank import compensate, truncated_svd
 from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe
 from tnc.decompose.report import LayerReport, measure
+from tnc.decompose.scaling import AwqScaling, Smoothing
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
 from tnc.decompose.stages import DenseStage, Fitted, GivenStage, LowRankStage, QuantizeStage, Stage, Target
 from tnc.decompose.transforms import (
@@ -17,8 +18,8 @@ from tnc.decompose.transforms import (
 )
 
 __all__ = [
-    "RECIPES", "BitsPerWeight", "Decomposition", "DenseStage", "Fitted", "GivenStage", "InputPermutation",
+    "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "Fitted", "GivenStage", "InputPermutation",
     "InputRotation", "LayerReport", "LowRankStage", "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank",
-    "Recipe", "RecipeEntry", "RelativeError", "Size", "Stage", "Target", "Transform", "Transformed", "compensate",
-    "decompose", "measure", "recipe", "register_recipe", "truncated_svd",
+    "Recipe", "RecipeEntry", "RelativeError", "Size", "Smoothing", "Stage", "Target", "Transform", "Transformed",
+    "compensate", "decompose", "measure", "recipe", "register_recipe", "truncated_svd",
 ]  # fmt: skip

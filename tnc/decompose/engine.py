@@ -68,6 +68,7 @@ def decompose(
         fallbacks=inner.notes + tuple(note for f in fitted for note in f.fallbacks),
         guaranteed_error=fitted[-1].guaranteed_error,
         seconds=time.perf_counter() - start,
+        choices=inner.choices,
     )  # fmt: skip
     return Decomposition(operator, report)
 

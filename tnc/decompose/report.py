@@ -40,6 +40,7 @@ class LayerReport:
         damping: the multiple of ``mean(diag H)`` added inside GPTQ, or ``None``; the low-rank path has none.
         fallbacks: everything that was done otherwise than asked.
         seconds: wall time of the decomposition.
+        choices: what searches settled on, such as AWQ's alpha.
     """
 
     shape: tuple[int, int]
@@ -57,15 +58,19 @@ class LayerReport:
     damping: float | None
     fallbacks: tuple[str, ...]
     seconds: float
+    choices: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able fields."""
-        return {**asdict(self), "shape": list(self.shape), "fallbacks": list(self.fallbacks)}
+        return {
+            **asdict(self), "shape": list(self.shape), "fallbacks": list(self.fallbacks), "choices": list(self.choices),
+        }  # fmt: skip
 
 
 def measure(
     weight: Tensor, operator: Expression, stats: LayerStats | None, *, damping: float | None = None,
     fallbacks: tuple[str, ...] = (), guaranteed_error: float | None = None, seconds: float = 0.0,
+    choices: tuple[str, ...] = (),
 ) -> LayerReport:  # fmt: skip
     """Measure an operator, as stored, against the weight it stands for.
 
@@ -95,6 +100,7 @@ def measure(
         damping=damping,
         fallbacks=fallbacks + (() if stats is None else stats.notes) + ((note,) if note else ()),
         seconds=seconds,
+        choices=choices,
     )
 
 

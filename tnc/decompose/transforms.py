@@ -31,12 +31,14 @@ class Transformed:
         stats: statistics of the inner problem, or ``None`` where there were none.
         wrap: an operator for the inner weight to the operator for the weight given.
         notes: everything that differs from what was asked, for the report.
+        choices: what a search settled on, for the report.
     """
 
     weight: Tensor
     stats: LayerStats | None
     wrap: Wrap
     notes: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def storage_bits(self) -> int:
@@ -100,14 +102,15 @@ def _unless_trivial(
     size, block = rotation.features, rotation.block
     if block == 1:
         note = f"no {side} rotation: no Hadamard block above 1 divides {size} {side}s"
-        return Transformed(weight.double(), stats, _as_it_is, (note,) if size > 1 else ())
+        return Transformed(weight.double(), stats, unwrapped, (note,) if size > 1 else ())
     changed = change()
     if block == size:
         return changed
     return replace(changed, notes=(f"{side} rotation in {size // block} blocks of {block}: no order {size} is known",))
 
 
-def _as_it_is(operator: Expression) -> Expression:
+def unwrapped(operator: Expression) -> Expression:
+    """The wrapping of a transform that changes nothing."""
     return operator
 
 
@@ -196,10 +199,13 @@ class OutputPermutation:
 
 def apply_transforms(weight: Tensor, transforms: Sequence[Transform], stats: LayerStats | None) -> Transformed:
     """All transforms in turn, the first outermost: ``wrap`` puts the last one's wrapping on first."""
-    current = Transformed(weight.double(), stats, _as_it_is)
+    current = Transformed(weight.double(), stats, unwrapped)
     for transform in transforms:
         inner = transform.apply(current.weight, current.stats)
-        current = replace(inner, wrap=_composed(current.wrap, inner.wrap), notes=current.notes + inner.notes)
+        current = replace(
+            inner, wrap=_composed(current.wrap, inner.wrap), notes=current.notes + inner.notes,
+            choices=current.choices + inner.choices,
+        )  # fmt: skip
     return current
 
 

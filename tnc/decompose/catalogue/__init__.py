@@ -4,4 +4,8 @@ A row is a name, one line of what it does, its source, the options it takes and 
 stages. Where a recipe departs from its paper, the summary says so.
 """
 
-from tnc.decompose.catalogue import spine, structured  # noqa: F401  register their rows
+from tnc.decompose.catalogue import (  # noqa: F401  they register their rows
+    rotated,
+    spine,
+    structured,
+)

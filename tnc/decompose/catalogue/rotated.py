@@ -1,0 +1,58 @@
+"""Recipes in another basis: rotated by Hadamard matrices, or with the inputs scaled."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from tnc.decompose.recipes import Recipe, RecipeEntry, register_recipe
+from tnc.decompose.scaling import AwqScaling, Smoothing
+from tnc.decompose.sizes import Size
+from tnc.decompose.stages import LowRankStage, MetricOf, QuantizeStage
+from tnc.decompose.transforms import InputRotation, OutputRotation, Transform
+from tnc.formats import IntFormat
+from tnc.metric import Metric
+
+_ONE_SIDED: tuple[Transform, ...] = (InputRotation(),)
+_TWO_SIDED: tuple[Transform, ...] = (InputRotation(), OutputRotation())
+
+
+def _format(bits: int, group_size: int | None = None, symmetric: bool = False) -> IntFormat:
+    return IntFormat(bits, group_size, symmetric)
+
+
+def _rotated(method: str, transforms: tuple[Transform, ...], **base: Any) -> Recipe:  # noqa: ANN401
+    return Recipe("", (QuantizeStage(_format(**base), method=method),), transforms=transforms)
+
+
+def _rotated_low_rank(method: str, metric: MetricOf, *, rank: Size, **base: Any) -> Recipe:  # noqa: ANN401
+    stages = (QuantizeStage(_format(**base), method=method), LowRankStage(rank, metric=metric))
+    return Recipe("", stages, transforms=_TWO_SIDED)
+
+
+def _awq(method: str, **base: Any) -> Recipe:  # noqa: ANN401
+    return Recipe("", (QuantizeStage(_format(**base), method=method),), transforms=(AwqScaling(_format(**base)),))
+
+
+def _svdquant(*, rank: Size, **base: Any) -> Recipe:  # noqa: ANN401
+    stages = (LowRankStage(rank, metric=Metric.identity), QuantizeStage(_format(**base), method="gptq"))
+    return Recipe("", stages, transforms=(Smoothing(),))
+
+
+_BASE = ("bits", "group_size", "symmetric")
+
+for _name, _summary, _source, _options, _build in (
+    ("gptq_rotated", "GPTQ after a randomised Hadamard rotation of the inputs", "QuIP#, arXiv:2402.04396",
+     _BASE, partial(_rotated, "gptq", _ONE_SIDED)),
+    ("quip", "GPTQ (as LDLQ) after a rotation of inputs and outputs; integers in the place of E8 lattices",
+     "QuIP, arXiv:2307.13304; QuIP#, arXiv:2402.04396", _BASE, partial(_rotated, "gptq", _TWO_SIDED)),
+    ("quip_lr", "quip + SVD of the residual in the full H", "QuIP#, arXiv:2402.04396; EoRA, arXiv:2410.21271",
+     (*_BASE, "rank"), partial(_rotated_low_rank, "gptq", Metric.full)),
+    ("awq", "RTN of W diag(s), s = mean|x|^alpha, alpha of each layer by its H-error", "arXiv:2306.00978",
+     _BASE, partial(_awq, "rtn")),
+    ("awq_gptq", "GPTQ of W diag(s) with AWQ's s", "arXiv:2306.00978; arXiv:2210.17323",
+     _BASE, partial(_awq, "gptq")),
+    ("svdquant_smooth", "smoothed inputs, SVD first, GPTQ of what it leaves (weights only, mean|x| for max|x|)",
+     "arXiv:2411.05007", (*_BASE, "rank"), _svdquant),
+):  # fmt: skip
+    register_recipe(_name, RecipeEntry(_summary, _source, _options, _build))
