@@ -25,7 +25,7 @@ from tnc.decompose import (
 from tnc.errors import TNCError
 from tnc.experts import unfuse_experts
 from tnc.foreign import load_base
-from tnc.formats import IntFormat
+from tnc.formats import IntFormat, NumberFormat, TableFormat, number_format
 from tnc.metric import Metric
 from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
@@ -64,6 +64,7 @@ __all__ = [
     "ModelReport",
     "Moments",
     "Mpo",
+    "NumberFormat",
     "OutputPermutation",
     "OutputRotation",
     "Permutation",
@@ -76,6 +77,7 @@ __all__ = [
     "Subspace",
     "Sum",
     "TNCError",
+    "TableFormat",
     "balanced_modes",
     "calibrate",
     "compensate",
@@ -86,6 +88,7 @@ __all__ = [
     "load_base",
     "load_checkpoint",
     "load_stats",
+    "number_format",
     "pooled_ranks",
     "recipe",
     "round_mpo",

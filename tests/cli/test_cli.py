@@ -111,7 +111,7 @@ BASE = ["--recipe", "rtn", "--bits", 4, "--group-size", 16, "--out", "never"]
             ["compress", "{dense}", "--recipe", "magic", "--out", "never"],
             "unknown recipe 'magic'; expected one of svd,",
         ),
-        (["compress", "{dense}", "--recipe", "rtn", "--bits", 5, "--out", "never"], "IntFormat(bits=5)"),
+        (["compress", "{dense}", "--recipe", "rtn", "--bits", 7, "--out", "never"], "IntFormat(bits=7)"),
         (["compress", "{dense}", *BASE, "--group-size", 48], "does not divide"),
         (["compress", "{dense}", "--recipe", "svd", "--rank", 999, "--out", "never"], "outside 0 <= rank"),
         (["compress", "{dense}", "--recipe", "svd", "--rank", 2, "--bpw", 3, "--out", "never"], "exclude each other"),

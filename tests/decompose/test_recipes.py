@@ -20,7 +20,7 @@ from tnc.decompose import (
     truncated_svd,
 )  # fmt: skip
 from tnc.errors import FormatError, RecipeError
-from tnc.formats import IntFormat
+from tnc.formats import IntFormat, TableFormat
 from tnc.metric import Metric
 from tnc.quant import gptq, rtn
 from tnc.terms import Sum, dense64
@@ -95,6 +95,14 @@ def test_rank_zero_is_the_base_and_names_are_normalised():
     assert recipe("rtn", bits=4).stages[0].format == IntFormat(4)
 
 
+def test_a_format_stands_in_for_bits():
+    assert recipe("gptq", format="nf4", group_size=64).stages[0].format == TableFormat("nf4", 64)
+    assert recipe("rtn", format="int4", symmetric=True).stages[0].format == IntFormat(4, symmetric=True)
+    given = recipe("eora", format=IntFormat(3, 8), rank=2)
+    assert given.stages == recipe("eora", bits=3, group_size=8, rank=2).stages
+    assert recipe("gptq", format="nf4", group_size=64).describe() == "gptq(group_size=64, format=nf4)"
+
+
 def test_pooled_carries_the_budget_of_the_model():
     assert recipe("svd_pooled", rank=BitsPerWeight(4)).pooled == BitsPerWeight(4)
     assert recipe("svd", rank=BitsPerWeight(4)).pooled is None
@@ -107,12 +115,20 @@ def test_errors_of_the_registry():
         recipe("magic", rank=3)
     with pytest.raises(RecipeError, match=r"'svd' takes rank; it does not take bits, group_size. Leave those out."):
         recipe("svd", rank=3, bits=4, group_size=8)
-    with pytest.raises(RecipeError, match=r"'eora' takes bits, group_size, symmetric, rank; Missing: bits, rank."):
+    with pytest.raises(
+        RecipeError, match=r"'eora' takes bits, group_size, symmetric, format, rank; Missing: bits, rank."
+    ):
         recipe("eora")
     with pytest.raises(RecipeError, match=r"it does not take bits. Missing: rank\."):
         recipe("svd", bits=3)
-    with pytest.raises(FormatError, match=r"bits=5"):
-        recipe("rtn", bits=5)
+    with pytest.raises(FormatError, match=r"bits=7"):
+        recipe("rtn", bits=7)
+    with pytest.raises(RecipeError, match=r"'svd' takes rank; it does not take format"):
+        recipe("svd", rank=3, format="nf4")
+    with pytest.raises(RecipeError, match=r"format='nf4' already says bits; leave out one of them"):
+        recipe("rtn", format="nf4", bits=4)
+    with pytest.raises(RecipeError, match=r"already says group_size, symmetric; leave out one"):
+        recipe("rtn", format=IntFormat(4), group_size=4, symmetric=True)
     with pytest.raises(RecipeError, match=r"recipe 'svd_llm' is already registered .arXiv:2403.07378.; choose another"):
         register_recipe("SVD-LLM", RECIPES["svd"])
 

@@ -11,13 +11,15 @@ from tnc.formats import SUPPORTED_BITS, IntFormat
 
 
 def test_supported_bits():
-    assert SUPPORTED_BITS == (2, 3, 4, 8)
-    assert [IntFormat(b).levels for b in SUPPORTED_BITS] == [4, 8, 16, 256]
+    assert SUPPORTED_BITS == (2, 3, 4, 5, 6, 8)
+    assert [IntFormat(b).levels for b in SUPPORTED_BITS] == [4, 8, 16, 32, 64, 256]
 
 
 @given(bits=st.integers(-20, 40).filter(lambda b: b not in SUPPORTED_BITS))
 def test_other_widths_are_refused(bits):
-    with pytest.raises(FormatError, match=rf"IntFormat\(bits={bits}\) is not supported; expected one of 2, 3, 4, 8"):
+    with pytest.raises(
+        FormatError, match=rf"IntFormat\(bits={bits}\) is not supported; expected one of 2, 3, 4, 5, 6, 8"
+    ):
         IntFormat(bits)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tnc.errors import FormatError, ShapeError
 from tnc.formats import IntFormat, packed_length
 from tnc.terms import Quantized
-from tnc.testing import formats
+from tnc.testing import int_formats
 
 
 def example(rows, columns, format, seed=0, dtype=torch.float16):
@@ -41,7 +41,7 @@ def by_loop(codes, scale, zero, format):
     dtype=st.sampled_from((torch.float16, torch.bfloat16, torch.float32, torch.float64)),
 )
 def test_dequantizes_as_a_plain_loop(data, rows, columns, seed, dtype):
-    format = data.draw(formats(columns))
+    format = data.draw(int_formats(columns))
     codes, scale, zero, term = example(rows, columns, format, seed, dtype)
     assert torch.equal(term.integer_codes().long(), codes)
     tolerance = 0 if dtype in (torch.float16, torch.bfloat16) else 1e-6  # 11 + 8 bits fit a float32
@@ -69,7 +69,7 @@ def test_symmetric_zero_is_mid_range_and_not_stored():
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), rows=st.integers(1, 5), columns=st.integers(1, 24))
 def test_stored_bits_are_what_the_format_says(data, rows, columns):
-    format = data.draw(formats(columns))
+    format = data.draw(int_formats(columns))
     term = example(rows, columns, format)[-1]
     groups = columns // format.group_of(columns)
     zeros = 0 if format.symmetric else packed_length(groups, format.bits)

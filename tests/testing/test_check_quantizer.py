@@ -9,7 +9,7 @@ from tnc.errors import LawError
 from tnc.formats import IntFormat, pack, packed_length
 from tnc.quant import gptq, rtn
 from tnc.terms import Diagonal, Product, Quantized
-from tnc.testing import check_quantizer, weighted_problems
+from tnc.testing import check_quantizer, int_formats, weighted_problems
 
 LAWS = (
     "shape_is_kept", "codes_are_in_range", "values_are_finite", "inputs_are_unchanged",
@@ -160,18 +160,18 @@ BROKEN = {
 @pytest.mark.parametrize(("quantizer", "law"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_quantizer_is_caught_by_its_law(quantizer, law):
     with pytest.raises(LawError, match=f"^{law}") as caught:
-        check_quantizer(quantizer, problems=SMALL, max_examples=15)
+        check_quantizer(quantizer, problems=SMALL, formats_of=int_formats, max_examples=15)
     assert "Smallest failing case: IntFormat(bits=" in str(caught.value)
     assert "quantizer(problem.weight, problem.stats, tnc.IntFormat(" in str(caught.value)
 
 
 def test_rounding_towards_zero_is_not_nearest():
-    check_quantizer(recoded(towards_zero), problems=SMALL, max_examples=10)
+    check_quantizer(recoded(towards_zero), problems=SMALL, formats_of=int_formats, max_examples=10)
     with pytest.raises(LawError, match=r"^codes_are_nearest: expected the nearest point"):
-        check_quantizer(recoded(towards_zero), nearest=True, problems=SMALL, max_examples=10)
+        check_quantizer(recoded(towards_zero), nearest=True, problems=SMALL, formats_of=int_formats, max_examples=10)
 
 
 def test_gptq_is_not_nearest():
     problems = weighted_problems((3, 6), hessians=("full",), spectra=("flat",))
     with pytest.raises(LawError, match=r"^codes_are_nearest"):
-        check_quantizer(gptq, nearest=True, problems=problems, max_examples=6)
+        check_quantizer(gptq, nearest=True, problems=problems, formats_of=int_formats, max_examples=6)

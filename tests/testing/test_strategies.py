@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import tnc.testing
 from tnc.errors import RecipeError, StatsError
+from tnc.formats import SUPPORTED_BITS, TABLES
 from tnc.metric import Metric
 from tnc.terms import Dense, LowRank, Product, Sum
 from tnc.testing import (
@@ -19,6 +20,7 @@ from tnc.testing import (
     expressions,
     formats,
     hessians,
+    int_formats,
     make_hessian,
     make_problem,
     make_weight,
@@ -120,8 +122,19 @@ def test_the_whole_domain_is_reached(wanted):
 @given(data=st.data(), columns=st.integers(1, 30))
 def test_formats_fit(data, columns):
     format = data.draw(formats(columns))
-    assert columns % format.group_of(columns) == 0
+    layout = format.layout((3, columns))
+    assert layout.stored >= columns and (layout.stored == columns or format.pad)
     assert data.draw(formats()).group_size is None
+    whole = data.draw(int_formats(columns))
+    assert columns % whole.group_of(columns) == 0 and data.draw(int_formats()).group_size is None
+
+
+@pytest.mark.parametrize("kind", [*(f"int{b}" for b in SUPPORTED_BITS), *TABLES])
+def test_every_kind_of_format_is_drawn(kind):
+    def named(format):
+        return format.describe().split()[0] == kind
+
+    find(formats(6), named, settings=settings(max_examples=2000, deadline=None, database=None))
 
 
 @QUICK

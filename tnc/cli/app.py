@@ -56,6 +56,9 @@ def compress(
     bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero points fixed at mid-range.")] = False,
+    number_format: Annotated[
+        str | None, typer.Option("--format", help="Instead of --bits: nf4, mxfp4, nvfp4, fp8_e4m3, ternary, ...")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --rank: largest relative error of a layer.")] = None,
     bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
@@ -83,9 +86,9 @@ def compress(
     run_compress(
         CompressOptions(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
-            symmetric=symmetric or None, rank=rank, error=error, bpw=bpw, stats=stats, sequences=sequences,
-            context=context, fisher=fisher, sequential=sequential, include=include, exclude=exclude, seed=seed,
-            device=device, base=base,
+            symmetric=symmetric or None, format=number_format, rank=rank, error=error, bpw=bpw, stats=stats,
+            sequences=sequences, context=context, fisher=fisher, sequential=sequential, include=include,
+            exclude=exclude, seed=seed, device=device, base=base,
         ),
         as_json=as_json,
     )  # fmt: skip

@@ -40,6 +40,7 @@ class CompressOptions:
     bits: int | None
     group_size: int | None
     symmetric: bool | None
+    format: str | None
     rank: int | None
     error: float | None
     bpw: float | None
@@ -135,7 +136,7 @@ def _recipe(options: CompressOptions) -> Recipe:
         raise RecipeError(f"--rank, --error and --bpw exclude each other; got {len(sizes)} of them. Keep one.")
     return recipe(
         options.recipe, bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
-        rank=sizes[0] if sizes else None,
+        format=options.format, rank=sizes[0] if sizes else None,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tnc.checkpoint import read_manifest
 from tnc.cli import console
+from tnc.formats import format_from_spec
 
 
 def run_inspect(folder: Path, *, as_json: bool) -> None:
@@ -44,6 +45,5 @@ def outline(spec: dict[str, Any]) -> str:
     if spec["kind"] == "low_rank":
         return f"rank {spec['rank']}"
     if spec["kind"] == "quantized":
-        form = spec["format"]
-        return f"{form['type']}{form['bits']}" + (f" g{form['group_size']}" if form["group_size"] else "")
+        return format_from_spec(spec["format"]).describe()
     return str(spec["kind"])

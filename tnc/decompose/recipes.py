@@ -14,6 +14,7 @@ from tnc.decompose.sizes import BitsPerWeight, Size
 from tnc.decompose.stages import Stage
 from tnc.decompose.transforms import Transform
 from tnc.errors import RecipeError
+from tnc.formats import IntFormat, NumberFormat, number_format
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def register_recipe(name: str, entry: RecipeEntry) -> None:
 
 def recipe(
     name: str, *, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None,
-    rank: Size | None = None, blocks: int | None = None,
+    format: NumberFormat | str | None = None, rank: Size | None = None, blocks: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Build a recipe of `RECIPES`.
 
@@ -75,6 +76,8 @@ def recipe(
         bits: width of the quantized base.
         group_size: input columns that share a scale; ``None`` is one group a row.
         symmetric: zero points fixed at mid-range; default asymmetric.
+        format: number format of the base instead of ``bits``: a name of `tnc.formats.FORMATS`, which
+            ``group_size`` and ``symmetric`` then refine, or a `tnc.formats.NumberFormat` by itself.
         rank: of the low-rank or structured term: an int, `Rank`, `RelativeError` or `BitsPerWeight`.
         blocks: of a structured term, on each side of the weight.
 
@@ -84,10 +87,16 @@ def recipe(
     entry = RECIPES.get(_key(name))
     if entry is None:
         raise RecipeError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}.")
-    given = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank, "blocks": blocks}
+    given = {
+        "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format, "rank": rank,
+        "blocks": blocks,
+    }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     foreign = [k for k in given if k not in entry.options]
     missing = [k for k in ("bits", "rank") if k in entry.options and k not in given]
+    if "format" in given and "format" in entry.options:
+        _check_format_alone(given)
+        missing = [k for k in missing if k != "bits"]
     if foreign or missing:
         raise RecipeError(
             f"recipe {_key(name)!r} takes {', '.join(entry.options)}; "
@@ -95,6 +104,27 @@ def recipe(
             + (f"Missing: {', '.join(missing)}." if missing else "Leave those out.")
         )
     return replace(entry.build(**given), name=_key(name), options=given)
+
+
+def base_format(
+    *, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None,
+    format: NumberFormat | str | None = None,
+) -> NumberFormat:  # fmt: skip
+    """The number format that the options of `recipe` mean."""
+    if isinstance(format, str):
+        return number_format(format, group_size=group_size, symmetric=symmetric)
+    if format is not None:
+        return format
+    assert bits is not None, "recipe() asks for bits or a format"
+    return IntFormat(bits, group_size, bool(symmetric))
+
+
+def _check_format_alone(given: Mapping[str, Any]) -> None:
+    """A format excludes the options it says by itself."""
+    named = isinstance(given["format"], str)
+    twice = [k for k in (("bits",) if named else ("bits", "group_size", "symmetric")) if k in given]
+    if twice:
+        raise RecipeError(f"format={given['format']!r} already says {', '.join(twice)}; leave out one of them.")
 
 
 def _key(name: str) -> str:

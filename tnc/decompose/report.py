@@ -46,7 +46,7 @@ class LayerReport:
     shape: tuple[int, int]
     bits_per_weight: float
     storage_bits: int
-    bits: int | None
+    bits: float | None
     rank: int | None
     relative_error: float
     heldout_relative_error: float | None
@@ -123,6 +123,6 @@ def _rank_of(operator: Expression) -> int | None:
     return sum(ranks) if ranks else None
 
 
-def _bits_of(operator: Expression) -> int | None:
-    bits = [t.format.bits for t in leaves(operator) if isinstance(t, Quantized)]
+def _bits_of(operator: Expression) -> float | None:
+    bits = [t.format.code_bits for t in leaves(operator) if isinstance(t, Quantized)]
     return max(bits) if bits else None

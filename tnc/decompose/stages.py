@@ -17,7 +17,7 @@ from tnc.column_space import Solver
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.decompose.sizes import Size
 from tnc.errors import check_same_shape
-from tnc.formats import IntFormat
+from tnc.formats import NumberFormat
 from tnc.metric import Metric
 from tnc.quant import CLIP_RATIOS, quantizer
 from tnc.stats import LayerStats
@@ -75,7 +75,7 @@ class QuantizeStage:
         RecipeError: for an unknown method (lists the names), or an option that the method does not take.
     """
 
-    format: IntFormat
+    format: NumberFormat
     method: str = "gptq"
     clip_ratios: Sequence[float] = field(default=CLIP_RATIOS)
     damping: float = 0.01

@@ -1,6 +1,16 @@
 """Number formats and exact bit packing."""
 
-from tnc.formats.number import SUPPORTED_BITS, IntFormat
-from tnc.formats.packing import pack, packed_length, unpack
+from tnc.formats.integer import SUPPORTED_BITS, IntFormat
+from tnc.formats.layout import Layout
+from tnc.formats.named import FORMATS, number_format
+from tnc.formats.number import NumberFormat, format_from_spec, register_format
+from tnc.formats.packing import pack, pack_ternary, packed_length, unpack, unpack_ternary
+from tnc.formats.scale import SCALES, FloatScale, ScaleFormat, scale_format
+from tnc.formats.table import TableFormat
+from tnc.formats.tables import TABLES
 
-__all__ = ["SUPPORTED_BITS", "IntFormat", "pack", "packed_length", "unpack"]
+__all__ = [
+    "FORMATS", "SCALES", "SUPPORTED_BITS", "TABLES", "FloatScale", "IntFormat", "Layout", "NumberFormat", "ScaleFormat",
+    "TableFormat", "format_from_spec", "number_format", "pack", "pack_ternary", "packed_length", "register_format",
+    "scale_format", "unpack", "unpack_ternary",
+]  # fmt: skip

@@ -67,3 +67,36 @@ def _shifts(count: int, step: int, device: torch.device) -> Tensor:
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 8:
         raise FormatError(f"bits={bits} cannot be packed; expected 1 to 8 bits a code.")
+
+
+def pack_ternary(codes: Tensor) -> Tensor:
+    """Pack codes 0, 1, 2 five to a byte along the last axis: ``sum(code_i * 3**i)``, 1.6 bits a code.
+
+    Args:
+        codes: (..., count) integers in 0, 1, 2.
+
+    Returns:
+        (..., ceil(count / 5)) uint8, rows padded with zero codes.
+
+    Raises:
+        FormatError: if a code does not fit.
+    """
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > 2):
+        raise FormatError(
+            f"pack_ternary got codes in [{int(codes.min())}, {int(codes.max())}]; expected 0, 1 or 2. Clamp the codes."
+        )
+    *batch, count = codes.shape
+    groups = torch.nn.functional.pad(codes.to(torch.int32), (0, -count % 5)).reshape(*batch, -(-count // 5), 5)
+    packed: Tensor = (groups * _powers_of_three(codes.device)).sum(-1)
+    return packed.to(torch.uint8)
+
+
+def unpack_ternary(packed: Tensor, count: int) -> Tensor:
+    """Inverse of `pack_ternary`: (..., bytes) uint8 to (..., count) uint8 codes."""
+    digits = packed.to(torch.int32).unsqueeze(-1) // _powers_of_three(packed.device) % 3
+    whole: Tensor = digits.flatten(-2)
+    return whole[..., :count].to(torch.uint8)
+
+
+def _powers_of_three(device: torch.device) -> Tensor:
+    return torch.tensor([1, 3, 9, 27, 81], device=device, dtype=torch.int32)

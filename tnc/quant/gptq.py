@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tnc.errors import FormatError, StatsError, check_finite
-from tnc.formats import IntFormat
+from tnc.formats import NumberFormat
 from tnc.quant.clip import CLIP_RATIOS, fit_grid
-from tnc.quant.grid import Grid, Levels, check_quantizable, working_dtype
+from tnc.quant.grid import Grid, check_quantizable, working_dtype
+from tnc.quant.levels import Columns
 from tnc.quant.registry import QuantizerEntry, QuantizerResult, needed, register_quantizer
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
@@ -27,7 +28,7 @@ _LEAST_PIVOT = 1e-8
 def gptq(
     weight: Tensor,
     stats: LayerStats,
-    format: IntFormat,
+    format: NumberFormat,
     *,
     damping: float = 0.01,
     clip_ratios: Sequence[float] = CLIP_RATIOS,
@@ -68,7 +69,7 @@ def gptq(
 def gptq_with_notes(
     weight: Tensor,
     stats: LayerStats | None,
-    format: IntFormat,
+    format: NumberFormat,
     *,
     damping: float = 0.01,
     clip_ratios: Sequence[float] = CLIP_RATIOS,
@@ -84,7 +85,7 @@ def gptq_with_notes(
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     feedback, used, fallbacks = _feedback(hessian[order][:, order], damping)
     codes = _round_with_feedback(weight, grid, feedback, order, block_size)
-    return QuantizerResult(Quantized.from_codes(codes, grid.scale, grid.zero, format), used, fallbacks)
+    return QuantizerResult(grid.term(codes), used, fallbacks)
 
 
 def _feedback(hessian: Tensor, damping: float) -> tuple[Tensor, float, tuple[str, ...]]:
@@ -140,23 +141,19 @@ def _round_with_feedback(weight: Tensor, grid: Grid, feedback: Tensor, order: Te
     codes = torch.empty_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format)
     for start in range(0, len(order), block_size):
         block = slice(start, start + block_size)
-        levels = grid.levels(dtype, order[block])
-        levels = Levels(*(t.T.contiguous() for t in levels))
+        levels = grid.levels(dtype, order[block], len(weight)).columns()
         targets = torch.addmm(columns[block], feedback[:start, block].T, errors[:start])
         chosen = _round_block(columns[block], targets, levels, feedback[block, block], errors[block])
-        codes[:, order[block]] = (chosen - levels.low).T.to(torch.uint8)
+        codes[:, order[block]] = levels.codes(chosen).T
     return codes
 
 
-def _round_block(columns: Tensor, targets: Tensor, levels: Levels, feedback: Tensor, errors: Tensor) -> Tensor:
-    """Levels (b, m) of one block of columns (b, m); writes ``columns - values`` to ``errors``."""
-    divisor = levels.scale.masked_fill(levels.scale == 0, torch.inf)
-    chosen = torch.empty_like(columns)
+def _round_block(columns: Tensor, targets: Tensor, levels: Columns, feedback: Tensor, errors: Tensor) -> Tensor:
+    """Chosen levels (b, m) of one block of columns (b, m); writes ``columns - values`` to ``errors``."""
+    chosen = torch.empty_like(columns, dtype=levels.dtype)
     for j in range(len(columns)):
         target = torch.addmv(targets[j], errors[:j].T, feedback[:j, j])
-        level = target.div_(divisor[j]).round_().clamp_(levels.low[j], levels.high[j])
-        chosen[j] = level
-        torch.addcmul(columns[j], level, levels.scale[j], value=-1, out=errors[j])
+        chosen[j] = levels.round(j, target, columns[j], errors[j])
     return chosen
 
 

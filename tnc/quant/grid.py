@@ -1,73 +1,56 @@
-"""`Grid`: the real numbers that the codes of a weight can stand for, one affine grid a group.
+"""`Grid`: the real numbers that the codes of a weight can stand for.
 
-``value = scale * (code - zero)`` with ``code`` and ``zero`` integers in ``[0, 2**bits)``, so that 0 is always
-on the grid. The integer ``code - zero`` is called the *level*. Levels are chosen with the scale as stored,
-after its rounding to 16 bits; a group of scale 0 (all weights zero) stands for exact zeros.
+Levels are chosen with the scales as stored, after their rounding; a block of scale 0 (all weights zero) stands
+for exact zeros.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tnc.errors import FormatError, ShapeError, check_matrix
-from tnc.formats import IntFormat
+from tnc.formats import NumberFormat
+from tnc.quant.levels import Levels, levels_of
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
 
 
-class Levels(NamedTuple):
-    """Broadcastable scale and range of the levels, in a working float dtype."""
-
-    scale: Tensor
-    low: Tensor
-    high: Tensor
-
-    def nearest(self, values: Tensor) -> Tensor:
-        """Nearest level of every value, ties to even; 0 where the scale is 0."""
-        divisor = self.scale.masked_fill(self.scale == 0, torch.inf)
-        return torch.round(values / divisor).clamp(self.low, self.high)
-
-
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Affine grids of a weight (m, n).
+    """Scales and zero points of a weight (m, n).
 
     Attributes:
-        scale: (m, groups) in the stored dtype, finite and at least 0.
-        zero: (m, groups) uint8 in ``[0, 2**bits)``; ``2**(bits-1)`` everywhere when the format is symmetric.
+        scale: (block rows, groups) as stored; (m, groups) in most formats.
+        zero: (m, groups) uint8 for integer formats, mid-range everywhere when symmetric; ``None`` for others.
         format: number format.
+        outer: second-level scales, or ``None``.
     """
 
     scale: Tensor
-    zero: Tensor
-    format: IntFormat
+    zero: Tensor | None
+    format: NumberFormat
+    outer: Tensor | None = None
 
     @classmethod
     def of(cls, term: Quantized) -> Grid:
         """The grid a quantized term lies on."""
-        return cls(term.scale, term.zeros().to(torch.uint8), term.format)
+        zero = None if term.format.middle is None else term.zeros().to(torch.uint8)
+        return cls(term.scale, zero, term.format, term.outer)
 
-    def levels(self, dtype: torch.dtype, index: Tensor | None = None) -> Levels:
-        """Scale and range of the levels in ``dtype``.
+    def scales(self, dtype: torch.dtype) -> Tensor:
+        """Real scales (block rows, groups), both levels multiplied."""
+        kind, blocks = self.format.scales, (self.scale.shape[0], self.scale.shape[1])
+        return kind.load(self.scale, None if self.outer is None else kind.spread(self.outer, blocks), dtype)
 
-        Args:
-            dtype: working dtype.
-            index: (c,) column numbers in the weight, in any order, or ``None``.
-
-        Returns:
-            `Levels` of shape (m, c); without ``index`` (m, groups, 1), to broadcast over (m, groups, group).
-        """
-        if index is None:
-            scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
-        else:
-            group = torch.zeros_like(index) if self.format.group_size is None else index // self.format.group_size
-            scale, zero = self.scale[:, group], self.zero[:, group]
-        low = -zero.to(dtype)
-        return Levels(scale.to(dtype), low, low + (self.format.levels - 1))
+    def levels(self, dtype: torch.dtype, index: Tensor, rows: int) -> Levels:
+        """Levels of the columns ``index`` (c,) of a weight with ``rows`` rows, for (m, c) entries in ``dtype``."""
+        scale, zero = self.scales(dtype), self.zero
+        spread = None if zero is None else self._spread(zero.to(dtype), index, rows)
+        return levels_of(self.format, self._spread(scale, index, rows), spread)
 
     def quantize(self, columns: Tensor, index: Tensor | None = None) -> Tensor:
         """Nearest codes of the columns ``index`` of a weight, of all columns by default.
@@ -83,10 +66,10 @@ class Grid:
             ShapeError: if there are other rows than the grid's, or other columns than ``index`` or whole
                 groups.
         """
-        wide = columns.to(working_dtype(columns))
-        levels = self.levels(wide.dtype, index)
-        nearest = levels.nearest(self._grouped(wide, index))
-        return (nearest - levels.low).to(torch.uint8).reshape(columns.shape)
+        self._check(columns, index)
+        wide = self._grouped(columns.to(working_dtype(columns)), index)
+        levels = levels_of(self.format, *self._placed(wide.dtype, index, columns))
+        return _flat(levels.codes(levels.nearest(wide)), columns)
 
     def dequantize(self, codes: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values (m, c) in ``dtype`` of codes (m, c): the inverse map of `quantize`.
@@ -94,23 +77,61 @@ class Grid:
         Raises:
             ShapeError: as in `quantize`.
         """
-        levels = self.levels(dtype, index)
-        return (levels.scale * (self._grouped(codes.to(dtype), index) + levels.low)).reshape(codes.shape)
+        self._check(codes, index)
+        scale, zero = self._placed(dtype, index, codes)
+        return _flat(scale * self.format.decode(self._grouped(codes, index), zero, dtype), codes)
+
+    def term(self, codes: Tensor) -> Quantized:
+        """The term with these codes (m, n)."""
+        return Quantized.from_codes(codes, self.scale, self.zero, self.format, self.outer)
+
+    def _placed(self, dtype: torch.dtype, index: Tensor | None, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points in ``dtype``, broadcastable over what `_grouped` returns."""
+        scale, zero = self.scales(dtype), None if self.zero is None else self.zero.to(dtype)
+        if index is None and self.format.group_rows == 1:
+            return scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
+        if index is None:
+            index = torch.arange(columns.shape[1], device=columns.device)
+        rows = columns.shape[0]
+        return self._spread(scale, index, rows), None if zero is None else self._spread(zero, index, rows)
+
+    def _spread(self, values: Tensor, index: Tensor, rows: int) -> Tensor:
+        """(block rows, groups) to (rows, c): the block of every entry of the columns ``index``."""
+        group_size, group_rows = self.format.group_size, self.format.group_rows
+        values = values[:, torch.zeros_like(index) if group_size is None else index // group_size]
+        if group_rows == 1:
+            return values
+        return values.repeat_interleave(rows if group_rows is None else group_rows, 0)[:rows]
 
     def _grouped(self, columns: Tensor, index: Tensor | None) -> Tensor:
-        """Columns in the shape that broadcasts against `levels`."""
+        """Columns in the shape that broadcasts against `_placed`."""
+        if index is not None or self.format.group_rows != 1:
+            return columns
         rows, groups = self.scale.shape
-        count = columns.shape[-1]
-        if index is not None:
-            count = index.numel()
-        elif self.format.group_size is not None:
-            count = groups * self.format.group_size
-        if tuple(columns.shape) != (rows, count):
+        return pad(columns, (0, self._padding(columns.shape[1]))).reshape(rows, groups, -1)
+
+    def _padding(self, count: int) -> int:
+        return -count % self.format.group_size if self.format.pad and self.format.group_size is not None else 0
+
+    def _check(self, columns: Tensor, index: Tensor | None) -> None:
+        (down, groups), (rows, count) = self.scale.shape, columns.shape
+        group_size, group_rows = self.format.group_size, self.format.group_rows
+        expected = count if index is None else index.numel()
+        if index is None and group_size is not None and -(-count // group_size) != groups:
+            expected = groups * group_size
+        if index is None and group_size is not None and group_rows == 1 and not self.format.pad:
+            expected = groups * group_size
+        if down != (1 if group_rows is None else -(-rows // group_rows)) or count != expected:
+            wanted = (down if group_rows == 1 else rows, expected)
             raise ShapeError(
-                f"columns have shape {tuple(columns.shape)}; expected {(rows, count)} for a grid of {rows} "
+                f"columns have shape {tuple(columns.shape)}; expected {wanted} for a grid of {down} "
                 f"rows and {groups} groups. Pass the matching index, or all columns of the weight."
             )
-        return columns.reshape(rows, groups, -1) if index is None else columns
+
+
+def _flat(entries: Tensor, columns: Tensor) -> Tensor:
+    """Entries of `Grid._grouped` in the shape of ``columns`` again, without padding."""
+    return entries.reshape(len(columns), -1)[:, : columns.shape[1]]
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -118,12 +139,12 @@ def working_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def check_quantizable(weight: Tensor, format: IntFormat, stats: LayerStats | None) -> None:
+def check_quantizable(weight: Tensor, format: NumberFormat, stats: LayerStats | None) -> None:
     """Raise unless ``weight`` is a finite, non-empty matrix that fits the format and the statistics.
 
     Raises:
         ShapeError, NonFiniteError: for the weight.
-        FormatError: if the group size does not divide in_features, or ``format`` is no `IntFormat`.
+        FormatError: if the group size does not divide in_features, or ``format`` is no `NumberFormat`.
         StatsError: if the statistics are of another layer.
     """
     check_matrix(weight, "weight")
@@ -132,8 +153,11 @@ def check_quantizable(weight: Tensor, format: IntFormat, stats: LayerStats | Non
             f"weight has shape {tuple(weight.shape)}, which holds no entries; expected at least one row "
             "and one column. Leave empty layers out."
         )
-    if not isinstance(format, IntFormat):
-        raise FormatError(f"format is {format!r}; expected a number format such as tnc.IntFormat(4, group_size=128).")
+    if not isinstance(format, NumberFormat):
+        raise FormatError(
+            f"format is {format!r}; expected a number format such as tnc.IntFormat(4, group_size=128) or "
+            'tnc.number_format("nf4", group_size=64).'
+        )
     format.group_of(weight.shape[1])
     if stats is not None:
         stats.check_weight(weight)

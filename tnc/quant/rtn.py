@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tnc.formats import IntFormat
+from tnc.formats import NumberFormat
 from tnc.quant.clip import CLIP_RATIOS, fit_grid
 from tnc.quant.grid import check_quantizable
 from tnc.quant.registry import QuantizerEntry, QuantizerResult, register_quantizer
@@ -16,7 +16,7 @@ from tnc.terms import Quantized
 
 def rtn(
     weight: Tensor,
-    format: IntFormat,
+    format: NumberFormat,
     *,
     stats: LayerStats | None = None,
     clip_ratios: Sequence[float] = CLIP_RATIOS,
@@ -42,11 +42,11 @@ def rtn(
     check_quantizable(weight, format, stats)
     importance = None if stats is None else stats.inputs.diagonal
     grid = fit_grid(weight, format, importance=importance, clip_ratios=clip_ratios)
-    return Quantized.from_codes(grid.quantize(weight), grid.scale, grid.zero, format)
+    return grid.term(grid.quantize(weight))
 
 
 def _run(
-    weight: Tensor, stats: LayerStats | None, format: IntFormat, *, clip_ratios: Sequence[float] = CLIP_RATIOS
+    weight: Tensor, stats: LayerStats | None, format: NumberFormat, *, clip_ratios: Sequence[float] = CLIP_RATIOS
 ) -> QuantizerResult:
     return QuantizerResult(rtn(weight, format, stats=stats, clip_ratios=clip_ratios))
 

@@ -5,6 +5,7 @@ A new kind of leaf joins with one builder in the table below.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from tnc.errors import RecipeError
+from tnc.formats import FloatScale, NumberFormat, TableFormat
 from tnc.networks import balanced_modes
 from tnc.terms import (
     Blast,
@@ -104,12 +106,25 @@ def _mpo(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
 
 def _quantized(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     format = draw(formats(shape[1]))
-    groups = shape[1] // format.group_of(shape[1])
+    blocks = format.layout(shape).blocks
     generator = torch.Generator().manual_seed(draw(SEEDS))
+    codes = random_codes(format, shape, generator)
+    zero = torch.randint(format.levels, blocks, generator=generator) if format.has_zero else None
+    scale = torch.rand(blocks, generator=generator) + 0.01
+    if isinstance(format.scales, FloatScale):
+        return Quantized.from_codes(codes, scale.to(draw(st.sampled_from(_DTYPES))), zero, format)
+    outer = format.scales.outer(scale)
+    spread = None if outer is None else format.scales.spread(outer, blocks)
+    return Quantized.from_codes(codes, format.scales.store(scale, spread, torch.uint8), zero, format, outer)
+
+
+def random_codes(format: NumberFormat, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Codes that stand for numbers: (out_features, in_features), int64."""
     codes = torch.randint(format.levels, shape, generator=generator)
-    zero = torch.randint(format.levels, (shape[0], groups), generator=generator)
-    scale = torch.rand(shape[0], groups, generator=generator) + 0.01
-    return Quantized.from_codes(codes, scale.to(draw(st.sampled_from(_DTYPES))), zero, format)
+    if isinstance(format, TableFormat):
+        valid = torch.tensor([code for code, value in enumerate(format.values) if math.isfinite(value)])
+        return valid[codes % len(valid)]
+    return codes
 
 
 def _sparse(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tnc.errors import TNCError
-from tnc.formats import IntFormat, pack, packed_length, unpack
+from tnc.formats import NumberFormat, pack, unpack
 from tnc.stats import LayerStats
 from tnc.terms import Expression, Product, Quantized, Sum, dense64
 from tnc.testing.harness import Law, require, search_laws
 from tnc.testing.problems import WeightedProblem
 from tnc.testing.strategies import formats, weighted_problems
 
-Quantizer = Callable[[Tensor, LayerStats, IntFormat], Expression]
+Quantizer = Callable[[Tensor, LayerStats, NumberFormat], Expression]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FormatCase:
     """A problem and a number format that fits its weight."""
 
     problem: WeightedProblem
-    format: IntFormat
+    format: NumberFormat
 
     def __str__(self) -> str:
         weight = self.problem.weight
@@ -41,16 +41,19 @@ def check_quantizer(
     *,
     nearest: bool = False,
     problems: st.SearchStrategy[WeightedProblem] | None = None,
+    formats_of: Callable[[int], st.SearchStrategy[NumberFormat]] = formats,
     max_examples: int = 100,
     seed: int | None = 0,
 ) -> tuple[str, ...]:
-    """Check a quantizer on many small problems in every `IntFormat` that fits them.
+    """Check a quantizer on many small problems in number formats of every kind that fit them.
 
     Args:
         quantizer: ``quantizer(weight, stats, format)``, weight (m, n), returns a `Quantized` term, or an
             expression whose `Quantized` leaves are then checked.
         nearest: whether every entry must be the nearest point of its group's grid (round to nearest).
         problems: domain to search; ``None`` is all of `weighted_problems`.
+        formats_of: in_features to the formats that are tried, by default all kinds; `int_formats` for a
+            quantizer of integers.
         max_examples: cases tried a law.
         seed: of the search; ``None`` searches elsewhere every time.
 
@@ -61,14 +64,18 @@ def check_quantizer(
         LawError: at the first broken law: its name, what was expected, the smallest failing case.
     """
     laws = (*_LAWS, codes_are_nearest) if nearest else _LAWS
-    cases = _cases(weighted_problems() if problems is None else problems)
+    cases = _cases(weighted_problems() if problems is None else problems, formats_of)
     return search_laws(laws, quantizer, cases, max_examples=max_examples, seed=seed)
 
 
 @st.composite
-def _cases(draw: st.DrawFn, problems: st.SearchStrategy[WeightedProblem]) -> FormatCase:
+def _cases(
+    draw: st.DrawFn,
+    problems: st.SearchStrategy[WeightedProblem],
+    formats_of: Callable[[int], st.SearchStrategy[NumberFormat]],
+) -> FormatCase:
     problem = draw(problems)
-    return FormatCase(problem, draw(formats(problem.weight.shape[1])))
+    return FormatCase(problem, draw(formats_of(problem.weight.shape[1])))
 
 
 def shape_is_kept(quantizer: Quantizer, case: FormatCase) -> None:
@@ -82,14 +89,16 @@ def shape_is_kept(quantizer: Quantizer, case: FormatCase) -> None:
 def codes_are_in_range(quantizer: Quantizer, case: FormatCase) -> None:
     """Codes and zeros are packed bytes whose padding is zero, and packing them again gives the same bytes."""
     for leaf in _quantized_leaves(_run(quantizer, case)):
-        bits = leaf.format.bits
-        packed = {"codes": (leaf.codes, leaf.shape[1]), "zero": (leaf.zero, leaf.scale.shape[1])}
-        for name, (stored, count) in packed.items():
-            if stored is None:
-                continue
-            require(stored.dtype == torch.uint8, f"expected packed uint8 {name}; got {stored.dtype}")
-            again = pack(unpack(stored, bits, count), bits)
-            require(torch.equal(again, stored), f"expected {name} of {bits} bits with zero padding")
+        format = leaf.format
+        require(leaf.codes.dtype == torch.uint8, f"expected packed uint8 codes; got {leaf.codes.dtype}")
+        again = format.pack(format.unpack(leaf.codes, leaf.layout.stored))
+        require(torch.equal(again, leaf.codes), f"expected codes of {format.code_bits} bits with zero padding")
+        if leaf.zero is None:
+            continue
+        bits = int(format.code_bits)
+        require(leaf.zero.dtype == torch.uint8, f"expected packed uint8 zero; got {leaf.zero.dtype}")
+        again = pack(unpack(leaf.zero, bits, leaf.scale.shape[1]), bits)
+        require(torch.equal(again, leaf.zero), f"expected zero of {bits} bits with zero padding")
 
 
 def values_are_finite(quantizer: Quantizer, case: FormatCase) -> None:
@@ -108,16 +117,13 @@ def inputs_are_unchanged(quantizer: Quantizer, case: FormatCase) -> None:
 
 
 def storage_is_what_the_format_says(quantizer: Quantizer, case: FormatCase) -> None:
-    """Packed codes, 16 bits a scale, and packed zeros when asymmetric: nothing else."""
+    """Packed codes, scales in the format's bits (16 for ``"half"``), packed zeros when asymmetric: nothing else."""
     for leaf in _quantized_leaves(_run(quantizer, case)):
         require(leaf.format == case.format, f"expected codes in {case.format}; got {leaf.format}")
-        rows, columns = leaf.shape
-        groups = columns // case.format.group_of(columns)
-        zeros = 0 if case.format.symmetric else packed_length(groups, case.format.bits)
-        expected = 8 * rows * (packed_length(columns, case.format.bits) + 2 * groups + zeros)
+        expected = case.format.stored_bits(leaf.shape)
         require(
             leaf.storage_bits == expected,
-            f"expected {expected} stored bits with 16 bits a scale; got {leaf.storage_bits}",
+            f"expected {expected} stored bits with {case.format.scales.bits} bits a scale; got {leaf.storage_bits}",
         )
 
 
@@ -177,16 +183,20 @@ def nonfinite_is_refused(quantizer: Quantizer, case: FormatCase) -> None:
 
 
 def codes_are_nearest(quantizer: Quantizer, case: FormatCase) -> None:
-    """Every entry is the nearest of all points of its grid; inside the grid's range, within half a scale."""
+    """Every entry is the nearest of all points of its grid; inside the grid's range, within half a step."""
     weight = case.problem.weight.double()
     for leaf in _quantized_leaves(_run(quantizer, case)):
-        scale, zero = leaf.scale.double().unsqueeze(-1), leaf.zeros().double().unsqueeze(-1)
-        grid = scale * (torch.arange(leaf.format.levels) - zero)  # (rows, groups, levels)
-        entries = weight.reshape(*leaf.scale.shape, -1, 1)
-        best = (entries - grid.unsqueeze(2)).abs().amin(-1).reshape(weight.shape)
-        rounding = 4 * torch.finfo(torch.float32).eps * (weight.abs() + dense64(leaf).abs())
-        excess = (weight - dense64(leaf)).abs() - best - rounding
-        require(not bool((excess > 0).any()), "expected the nearest point of the grid for every entry")
+        tiles, error = leaf.layout.tiles(weight), leaf.layout.tiles((weight - dense64(leaf)).abs())
+        best = (tiles.unsqueeze(-1) - _points(leaf).unsqueeze(-2)).abs().nan_to_num(torch.inf).amin(-1)
+        rounding = 4 * torch.finfo(torch.float32).eps * (2 * tiles.abs() + error)
+        require(not bool((error > best + rounding).any()), "expected the nearest point of the grid for every entry")
+
+
+def _points(leaf: Quantized) -> Tensor:
+    """Every number that the codes can stand for, (block rows, groups, codes) float64; NaN where a code has none."""
+    codes = torch.arange(leaf.format.levels).expand(*leaf.scale.shape, -1)
+    zero = leaf.zeros().double().unsqueeze(-1) if leaf.format.has_zero else None
+    return leaf.scales(torch.float64).unsqueeze(-1) * leaf.format.decode(codes, zero, torch.float64)
 
 
 _LAWS: tuple[Law[Quantizer, FormatCase], ...] = (

@@ -7,12 +7,13 @@ failing case shrinks to something one can read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnc.formats import SUPPORTED_BITS, IntFormat
+from tnc.formats import SUPPORTED_BITS, TABLES, IntFormat, NumberFormat, TableFormat
 from tnc.testing.matrices import HESSIANS, SPECTRA, make_hessian, make_weight
 from tnc.testing.problems import METRICS, WeightedProblem, make_problem
 
@@ -119,7 +120,36 @@ def weighted_problems(
     )
 
 
-def formats(in_features: int | None = None, *, bits: Sequence[int] = SUPPORTED_BITS) -> st.SearchStrategy[IntFormat]:
-    """Number formats whose group size divides ``in_features``; only per-row ones for ``None``."""
-    divisors = [d for d in range(1, (in_features or 0) + 1) if (in_features or 0) % d == 0]
-    return st.builds(IntFormat, st.sampled_from(tuple(bits)), st.sampled_from([None, *divisors]), st.booleans())
+def int_formats(
+    in_features: int | None = None, *, bits: Sequence[int] = SUPPORTED_BITS
+) -> st.SearchStrategy[IntFormat]:
+    """Integer formats with 16-bit scales whose group size divides ``in_features``; only per-row ones for ``None``."""
+    return st.builds(IntFormat, st.sampled_from(tuple(bits)), _group_sizes(in_features), st.booleans())
+
+
+def formats(in_features: int | None = None) -> st.SearchStrategy[NumberFormat]:
+    """Number formats of every kind that fit ``in_features`` columns; only per-row ones for ``None``.
+
+    Groups divide the columns, or are padded; tables may have one scale for several rows.
+    """
+    if in_features is None:
+        return st.one_of(int_formats(), st.sampled_from([TableFormat(t) for t in TABLES]))
+    return _formats(in_features)
+
+
+def _group_sizes(in_features: int | None) -> st.SearchStrategy[int | None]:
+    return st.sampled_from([None, *(d for d in range(1, (in_features or 0) + 1) if (in_features or 0) % d == 0)])
+
+
+@st.composite
+def _formats(draw: st.DrawFn, in_features: int) -> NumberFormat:
+    kind = draw(st.sampled_from(("int", "table", "blocks")))
+    scale = draw(st.sampled_from(("half", "uint8", "bfloat16", "float32")))
+    pad = draw(st.booleans())
+    group = draw(st.sampled_from((2, 3, 5, 16)) if pad else _group_sizes(in_features))
+    if kind == "int":
+        return replace(draw(int_formats()), group_size=group, scale=scale, pad=pad)
+    table = draw(st.sampled_from(tuple(TABLES)))
+    if kind == "blocks":
+        return TableFormat(table, draw(st.sampled_from((None, 2, 4, 5))), draw(st.sampled_from((None, 2, 3))), scale)
+    return TableFormat(table, group, scale=draw(st.sampled_from((scale, "e4m3", "e8m0"))), pad=pad)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from tnc.decompose.recipes import Recipe, RecipeEntry, register_recipe
+from tnc.decompose.recipes import Recipe, RecipeEntry, base_format, register_recipe
 from tnc.decompose.sizes import BitsPerWeight, Size
 from tnc.decompose.stages import LowRankStage, MetricOf, QuantizeStage
 from tnc.errors import RecipeError
-from tnc.formats import IntFormat
 from tnc.metric import Metric
 
 
@@ -23,8 +22,8 @@ def _pooled(*, rank: Size) -> Recipe:
     return Recipe("", (LowRankStage(rank, metric=Metric.auto),), pooled=rank)
 
 
-def _quantized(method: str, *, bits: int, group_size: int | None = None, symmetric: bool = False) -> Recipe:
-    return Recipe("", (QuantizeStage(IntFormat(bits, group_size, symmetric), method=method),))
+def _quantized(method: str, **base: Any) -> Recipe:  # noqa: ANN401
+    return Recipe("", (QuantizeStage(base_format(**base), method=method),))
 
 
 def _compensated(method: str, metric: MetricOf, *, rank: Size, **base: Any) -> Recipe:  # noqa: ANN401
@@ -32,7 +31,7 @@ def _compensated(method: str, metric: MetricOf, *, rank: Size, **base: Any) -> R
 
 
 _SIZE = ("rank",)
-_BASE = ("bits", "group_size", "symmetric")
+_BASE = ("bits", "group_size", "symmetric", "format")
 
 for _name, _summary, _source, _options, _build in (
     ("svd", "truncated SVD of the weight, Frobenius norm", "Eckart and Young 1936",
