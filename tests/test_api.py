@@ -8,6 +8,7 @@ import tnc
 
 PUBLIC = {
     "RECIPES", "BitsPerWeight", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact", "Expression",
+    "FactorFormats",
     "FactoredLinear", "Hadamard", "InputPermutation", "InputRotation", "IntFormat", "LayerReport", "LayerStats",
     "LowRank", "LowRankStage", "Metric", "ModelReport", "Moments", "Mpo", "OutputPermutation", "OutputRotation",
     "Permutation", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe", "RelativeError", "Subspace", "Sum",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tnc.errors import FormatError
+from tnc.formats.packing import packed_length
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 
@@ -64,3 +65,14 @@ class IntFormat:
                 f"expected a divisor such as {', '.join(map(str, divisors[:8]))}, or None for one group a row."
             )
         return group
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that a weight of this shape takes: codes, scales, zero points.
+
+        Raises:
+            FormatError: see `group_of`.
+        """
+        rows, columns = shape
+        groups = columns // self.group_of(columns)
+        zeros = 0 if self.symmetric else packed_length(groups, self.bits) * 8
+        return rows * (packed_length(columns, self.bits) * 8 + 16 * groups + zeros)
