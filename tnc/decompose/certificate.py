@@ -13,9 +13,10 @@ from torch import Tensor
 from tnc.column_space import spectrum
 from tnc.decompose.form_bound import form_bound
 from tnc.decompose.peel import peel
+from tnc.decompose.structure import rank_of
 from tnc.metric import Metric
 from tnc.quant import grid_lower_bound
-from tnc.terms import Blast, BlockLowRank, Expression, LowRank, Quantized, Sum, dense64
+from tnc.terms import Blast, BlockLowRank, Expression, Quantized, Sum, dense64
 
 # The exact spectrum of a wider layer (smaller side) takes minutes; its bound is left at 0 with a note.
 SPECTRUM_LIMIT = 8192
@@ -26,7 +27,7 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
 
     Args:
         weight: (out_features, in_features).
-        operator: a leaf, or a sum of a base and one low-rank or structured term, wrapped or not.
+        operator: a leaf, or a sum of a base and low-rank terms or one structured term, wrapped or not.
         metric: input-side metric in which the error is reported.
 
     Returns:
@@ -39,12 +40,12 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
     if inner is None:
         return 0.0, "lower bound not computed: the outputs are scaled"
     weight, operator, metric = inner.weight, inner.operator, inner.metric
-    low_rank, rest = _split(operator, LowRank)
-    if isinstance(low_rank, LowRank):
+    rank, rest = _split_ranks(operator)
+    if rank is not None:
         if min(weight.shape) > SPECTRUM_LIMIT:
             return 0.0, f"lower bound not computed: smaller side above {SPECTRUM_LIMIT}"
         residual = weight - sum(dense64(t) for t in rest)
-        tail = float(spectrum(residual, metric)[low_rank.rank :].square().sum())
+        tail = float(spectrum(residual, metric)[rank:].square().sum())
         return max(tail - _rounding(residual, metric), 0.0) ** 0.5, None
     if isinstance(operator, Quantized):
         hessian = torch.eye(weight.shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian
@@ -69,3 +70,10 @@ def _split(operator: Expression, *kinds: type[Expression]) -> tuple[Expression |
     if len(found) != 1:
         return None, ()
     return found[0], tuple(t for t in terms if t is not found[0])
+
+
+def _split_ranks(operator: Expression) -> tuple[int | None, tuple[Expression, ...]]:
+    """Rank of all low-rank terms of an operator together, ``None`` without any, and the other terms."""
+    terms = operator.terms if isinstance(operator, Sum) else (operator,)
+    ranks = [rank for t in terms if (rank := rank_of(t)) is not None]
+    return (sum(ranks) if ranks else None), tuple(t for t in terms if rank_of(t) is None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tnc.column_space import ColumnSpace, Exact, Solver, Subspace, choose_solver, column_space
-from tnc.decompose.sizes import BitsPerWeight, RelativeError, Size, fixed_rank, rank_within_bits
+from tnc.decompose.sizes import BitsPerWeight, RelativeError, Size, fixed_rank, float_bits, rank_within_bits
 from tnc.errors import BudgetError, StatsError, check_matrix, check_same_shape
 from tnc.metric import Metric
 from tnc.stats import LayerStats
@@ -124,7 +124,7 @@ def _fit(
     if isinstance(size, RelativeError):
         return _within_error(residual, size, metric, dtype, metric.norm(weight.double()))
     if isinstance(size, BitsPerWeight):
-        rank = rank_within_bits(size, shape, spent_bits, dtype)
+        rank = rank_within_bits(size, shape, spent_bits, lambda k: float_bits(shape, k, dtype))
     else:
         rank = fixed_rank(size, shape, caller)
     chosen = choose_solver(shape, rank) if solver is None else solver

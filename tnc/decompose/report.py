@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tnc.decompose.certificate import lower_bound
 from tnc.decompose.peel import leaves
+from tnc.decompose.structure import rank_of
 from tnc.metric import Metric
 from tnc.stats import LayerStats
-from tnc.terms import Expression, LowRank, Quantized, dense64
+from tnc.terms import Expression, Quantized, dense64
 
 # Norms of layers up to this width are taken in float64; wider ones in float32 products with a float64 sum.
 _DOUBLE_LIMIT = 2048
@@ -119,7 +120,7 @@ def _heldout_error(error: Tensor, weight: Tensor, stats: LayerStats | None) -> f
 
 
 def _rank_of(operator: Expression) -> int | None:
-    ranks = [t.rank for t in leaves(operator) if isinstance(t, LowRank)]
+    ranks = [rank for t in leaves(operator) if (rank := rank_of(t)) is not None]
     return sum(ranks) if ranks else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,21 +56,35 @@ def fixed_rank(size: int | Rank, shape: tuple[int, int], caller: str) -> int:
     return check_rank(size.value if isinstance(size, Rank) else size, shape, caller)
 
 
-def rank_within_bits(size: BitsPerWeight, shape: tuple[int, int], spent_bits: int, dtype: torch.dtype) -> int:
-    """Largest rank with factors in ``dtype`` that fits beside ``spent_bits`` already stored.
+def rank_within_bits(
+    size: BitsPerWeight, shape: tuple[int, int], spent_bits: int, factor_bits: Callable[[int], int],
+    ranks: Sequence[int] | None = None,
+) -> int:  # fmt: skip
+    """Largest rank whose factors fit beside ``spent_bits`` already stored.
+
+    Args:
+        size: the budget.
+        shape: (out_features, in_features).
+        spent_bits: bits of the other terms.
+        factor_bits: rank to the bits of both factors, never falling.
+        ranks: that can be stored, ascending from 0; ``None`` is all.
 
     Raises:
         BudgetError: if the other terms alone exceed the budget.
     """
     rows, columns = shape
-    budget = size.value * rows * columns
     if spent_bits / (rows * columns) > size.value:
         raise BudgetError(
-            f"BitsPerWeight({size.value}) allows {budget:.0f} bits for weight {shape}, but the other terms already "
-            f"store {spent_bits}; ask for at least {spent_bits / (rows * columns):.4f} bits or a smaller base format."
+            f"BitsPerWeight({size.value}) allows {size.value * rows * columns:.0f} bits for weight {shape}, but the "
+            f"other terms already store {spent_bits}; ask for at least {spent_bits / (rows * columns):.4f} bits or a "
+            "smaller base format."
         )
-    per_rank = (rows + columns) * dtype.itemsize * 8
-    rank = int((budget - spent_bits) // per_rank) + 1
-    while (spent_bits + rank * per_rank) / (rows * columns) > size.value:  # as reports divide: products round
-        rank -= 1
-    return min(rank, rows, columns)
+    choices = range(min(shape) + 1) if ranks is None else ranks
+    # divided as reports divide: products round
+    beyond = bisect_left(choices, True, key=lambda k: (spent_bits + factor_bits(k)) / (rows * columns) > size.value)
+    return choices[beyond - 1]
+
+
+def float_bits(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
+    """Bits of both factors of a weight ``shape`` in a float dtype."""
+    return rank * (shape[0] + shape[1]) * dtype.itemsize * 8

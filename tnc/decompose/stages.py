@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from tnc.column_space import Solver
+from tnc.decompose.factors import FactorFormats
 from tnc.decompose.low_rank import fit_low_rank
+from tnc.decompose.quantized_low_rank import fit_quantized_low_rank
 from tnc.decompose.sizes import Size
 from tnc.errors import check_same_shape
 from tnc.formats import NumberFormat
@@ -103,29 +105,48 @@ class LowRankStage:
             reported as a fallback unless that is what `Metric.auto` or `Metric.identity` mean.
         solver: `Exact` or `Subspace`; ``None`` chooses by size and rank.
         dtype: of the stored factors; ``None`` is the dtype of the weight.
+        factor_format: number format of the stored factors (`tnc.decompose.factors`); one format stands for both,
+            with one group a row in ``left``. ``None`` stores them in ``dtype``.
+        factor_method: a name of `tnc.quant.QUANTIZERS` for the factors.
+
+    Raises:
+        RecipeError: for an unknown factor method.
     """
 
     rank: Size
     metric: MetricOf = Metric.auto
     solver: Solver | None = None
     dtype: torch.dtype | None = None
+    factor_format: NumberFormat | FactorFormats | None = None
+    factor_method: str = "gptq"
+
+    def __post_init__(self) -> None:
+        quantizer(self.factor_method)
 
     def fit(self, target: Target) -> Fitted:
         """Best low-rank term for the residual."""
         metric = Metric() if target.stats is None else self.metric(target.stats)
-        dtype = self.dtype or target.weight.dtype
-        found = fit_low_rank(
-            target.residual, target.weight, self.rank, metric, solver=self.solver, dtype=dtype,
-            spent_bits=target.spent_bits,
-        )  # fmt: skip
         replaced = target.stats is None and self.metric not in (Metric.auto, Metric.identity)
         notes = ("no statistics: low rank in the Frobenius norm",) if replaced else ()
+        if self.factor_format is not None:
+            return self._fit_quantized(target, metric, notes, FactorFormats.of(self.factor_format))
+        found = fit_low_rank(
+            target.residual, target.weight, self.rank, metric, solver=self.solver,
+            dtype=self.dtype or target.weight.dtype, spent_bits=target.spent_bits,
+        )  # fmt: skip
         in_full_hessian = metric.gradient is None and self.metric in (Metric.auto, Metric.full)
         if target.stats is not None and not in_full_hessian:
             return Fitted(found.term)
         tail = max(metric.squared_norm(target.residual) - found.captured, 0.0) ** 0.5
         guaranteed = tail / max(metric.norm(target.weight.double()), 1e-300)
         return Fitted(found.term, fallbacks=notes, guaranteed_error=guaranteed)
+
+    def _fit_quantized(self, target: Target, metric: Metric, notes: tuple[str, ...], formats: FactorFormats) -> Fitted:
+        found = fit_quantized_low_rank(
+            target.residual, target.weight, self.rank, metric, formats, method=self.factor_method,
+            solver=self.solver, spent_bits=target.spent_bits,
+        )  # fmt: skip
+        return Fitted(found.term, found.damping, notes + found.fallbacks)
 
 
 @dataclass(frozen=True, eq=False)

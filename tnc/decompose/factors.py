@@ -1,0 +1,202 @@
+"""Low-rank factors in a number format: both rounded with feedback, each in the metric it is seen in.
+
+``right`` (k, n) is a weight whose inputs have the moment H; ``left`` (m, k) is one whose inputs ``z = right x``
+have ``Z = right H rightᵀ``. So one quantizer serves both, with a refit of the other factor in between (LPLR,
+arXiv:2310.11028, here in ``G ⊗ H``; docs/low-rank.md derives it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tnc.errors import FormatError
+from tnc.formats import NumberFormat
+from tnc.metric import Metric
+from tnc.quant import quantizer
+from tnc.stats import LayerStats, Moments
+from tnc.terms import Expression, LowRank, Product, dense64
+
+# Eigenvalues of an equilibrated Gram matrix below this are the noise of the float32 products behind H.
+_NOISE = 1e-7
+
+
+@dataclass(frozen=True)
+class FactorFormats:
+    """Number formats of the two factors of a low-rank term.
+
+    Attributes:
+        left: of the factor (out_features, rank).
+        right: of the factor (rank, in_features).
+    """
+
+    left: NumberFormat
+    right: NumberFormat
+
+    @classmethod
+    def of(cls, format: NumberFormat | FactorFormats) -> FactorFormats:
+        """A format for both; rows of ``left`` are short, so there its group size becomes one group a row."""
+        return format if isinstance(format, FactorFormats) else cls(replace(format, group_size=None), format)
+
+    def stored_bits(self, shape: tuple[int, int], rank: int) -> int:
+        """Bits of both factors of a weight ``shape``; codes, scales and zero points.
+
+        Raises:
+            FormatError: if a group size does not divide the row of its factor.
+        """
+        if rank == 0:
+            return 0
+        return self.left.stored_bits((shape[0], rank)) + self.right.stored_bits((rank, shape[1]))
+
+    def fits(self, rank: int) -> bool:
+        """Whether rows of ``left`` of this length can be stored."""
+        try:
+            self.left.group_of(max(rank, 1))
+        except FormatError:
+            return False
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedFactors:
+    """Both factors as stored, the largest damping used, and every fallback taken."""
+
+    term: Expression
+    damping: float | None
+    fallbacks: tuple[str, ...]
+
+
+def quantize_factors(
+    residual: Tensor, factors: LowRank, metric: Metric, formats: FactorFormats, *, method: str = "gptq",
+    rounds: int = 2, seed: int = 0,
+) -> QuantizedFactors:  # fmt: skip
+    """Round the factors of a low-rank approximation of ``residual`` to number formats.
+
+    A round quantizes ``right`` in H, refits ``left = D H rightᵀ (right H rightᵀ)⁺`` (G cancels), quantizes it in
+    ``Z = right H rightᵀ``, and refits ``right = (leftᵀ G left)⁺ leftᵀ G D`` (H cancels) for the next round. The
+    round of least error is kept. Before the first, the components are spread evenly over the rows of ``right``
+    (`spread`), which costs nothing at run time.
+
+    Args:
+        residual: D (m, n).
+        factors: rank at least 1, from `truncated_svd` in the same metric.
+        metric: ``G ⊗ H``.
+        formats: of ``left`` and ``right``.
+        method: a name of `tnc.quant.QUANTIZERS`. It is given the moments of both sides: H and ``leftᵀ G left`` for
+            ``right``, Z and G for ``left``; two-sided quantizers use the second ones.
+        rounds: at least 1.
+        seed: of the rotation in `spread`.
+
+    Returns:
+        ``Product((left, right))`` of two `Quantized` terms.
+
+    Raises:
+        FormatError: if a group size does not divide the row of its factor.
+        RecipeError: for an unknown method.
+
+    Cost: ``2 m n² + m² n`` flops and two factorizations of H a round, float64.
+    Source: LPLR (arXiv:2310.11028, algorithm 1), CALDERA (arXiv:2405.18886, algorithm 2); the spreading is ours.
+    """
+    target = _Target(residual.double(), metric)
+    left, right = spread(factors.left.double(), factors.right.double(), metric, seed=seed)
+    best: tuple[float, QuantizedFactors] | None = None
+    for _ in range(rounds):
+        rounded, left, error = target.round(left, right, formats, method)
+        if best is None or error < best[0]:
+            best = error, rounded
+        right = refit_right(target.residual, left, metric)
+    assert best is not None, "rounds is at least 1"
+    return best[1]
+
+
+def spread(left: Tensor, right: Tensor, metric: Metric, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The same product ``left @ right`` in the basis in which rounding the rows of ``right`` costs least.
+
+    Rounding row i to a range of its own leaves ``gᵢ² ‖δᵢ‖²``, ``gᵢ`` the G-length of column i of ``left`` and
+    ``‖δᵢ‖`` in proportion to the row's length ``rᵢ``: ``Σ gᵢ² rᵢ²`` in total. After scaling row i by ``cᵢ`` and a
+    rotation that mixes all components alike, it is ``Σ gᵢ² / cᵢ² · Σ cᵢ² rᵢ² / k``, least at ``cᵢ² = gᵢ / rᵢ``, where
+    it is ``(Σ gᵢ rᵢ)² / k``: by Cauchy and Schwarz never more, and less the faster the spectrum falls.
+
+    Args:
+        left: (m, k).
+        right: (k, n).
+        metric: its G is that of the lengths of ``left``.
+        seed: of the random rotation.
+    """
+    weight = (left * metric.times_gradient(left)).sum(0).clamp_min(0).sqrt()
+    length: Tensor = torch.linalg.vector_norm(right, dim=1)
+    # a component that G or the row does not show keeps out of the way of the others
+    scale = (_floored(weight) / _floored(length)).sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(len(scale), len(scale), generator=generator, dtype=torch.float64).to(right.device)
+    rotation: Tensor = torch.linalg.qr(square).Q
+    return (left / scale) @ rotation.T, rotation @ (right * scale.unsqueeze(1))
+
+
+def refit_right(residual: Tensor, left: Tensor, metric: Metric) -> Tensor:
+    """``(leftᵀ G left)⁺ leftᵀ G D``: the right factor (k, n) of least error for ``left`` (m, k), whatever H."""
+    weighted = metric.times_gradient(left)
+    return pseudoinverse(left.T @ weighted) @ (weighted.T @ residual)
+
+
+def _floored(lengths: Tensor) -> Tensor:
+    """Lengths of at least 1e-12 of the largest; 1 where all are 0."""
+    largest = float(lengths.max())
+    return lengths.clamp_min(1e-12 * largest) if largest > 0 else torch.ones_like(lengths)
+
+
+class _Target:
+    """The residual with the products that every round needs."""
+
+    def __init__(self, residual: Tensor, metric: Metric) -> None:
+        self.residual, self.metric = residual, metric
+        self.seen = metric.times_hessian(residual)  # D H
+        self.squared_norm = metric.squared_norm(residual)
+        self.inputs, self.outputs = _side(metric.hessian, residual.shape[1]), _side(metric.gradient, residual.shape[0])
+
+    def round(
+        self, left: Tensor, right: Tensor, formats: FactorFormats, method: str
+    ) -> tuple[QuantizedFactors, Tensor, float]:
+        """Quantize ``right``, refit ``left``, quantize it: both, ``left`` as stored, the squared error."""
+        run = quantizer(method).run
+        outer = _moments(left.T @ self.metric.times_gradient(left))
+        first = run(right, LayerStats(self.inputs, gradient=outer), formats.right)
+        known = dense64(first.term)
+        gram = self.metric.times_hessian(known) @ known.T  # Z = right H rightᵀ
+        free = self.seen @ known.T @ pseudoinverse(gram)
+        second = run(free, LayerStats(_moments(gram), gradient=self.outputs), formats.left)
+        stored = dense64(second.term)
+        notes = [f"{name} factor: {n}" for name, found in (("left", second), ("right", first)) for n in found.fallbacks]
+        term = Product((second.term, first.term))
+        factors = QuantizedFactors(
+            term, max((d for d in (first.damping, second.damping) if d is not None), default=None), tuple(notes)
+        )
+        return factors, stored, self.squared_error(stored, known)
+
+    def squared_error(self, left: Tensor, right: Tensor) -> float:
+        """``‖D - left right‖²`` from k x k matrices."""
+        weighted = self.metric.times_gradient(left)
+        cross = ((weighted.T @ self.seen) * right).sum()
+        square = ((left.T @ weighted) * (self.metric.times_hessian(right) @ right.T)).sum()
+        return self.squared_norm - 2 * float(cross) + float(square)
+
+
+def _side(side: Tensor | None, features: int) -> Moments:
+    if side is None:
+        return _moments(torch.eye(features, dtype=torch.float64))
+    return _moments(torch.diag(side) if side.ndim == 1 else side)
+
+
+def _moments(second: Tensor) -> Moments:
+    return Moments((second + second.T) / 2, None, 1)
+
+
+def pseudoinverse(gram: Tensor) -> Tensor:
+    """Pseudoinverse of a PSD matrix, its diagonal first scaled to 1: no component is lost for being small."""
+    length = gram.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(length > 0, 1 / length.masked_fill(length == 0, 1), 0.0)
+    unit = gram * inverse * inverse.unsqueeze(1)
+    found: Tensor = torch.linalg.pinv((unit + unit.T) / 2, hermitian=True, rtol=_NOISE)
+    return found * inverse * inverse.unsqueeze(1)
