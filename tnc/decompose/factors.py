@@ -38,7 +38,7 @@ class FactorFormats:
     @classmethod
     def of(cls, format: NumberFormat | FactorFormats) -> FactorFormats:
         """A format for both; rows of ``left`` are short, so there its group size becomes one group a row."""
-        return format if isinstance(format, FactorFormats) else cls(replace(format, group_size=None), format)
+        return format if isinstance(format, FactorFormats) else cls(replace(format, group_size=None), format)  # type: ignore[type-var]
 
     def stored_bits(self, shape: tuple[int, int], rank: int) -> int:
         """Bits of both factors of a weight ``shape``; codes, scales and zero points.
