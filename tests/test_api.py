@@ -7,13 +7,13 @@ import sys
 import tnc
 
 PUBLIC = {
-    "RECIPES", "BitsPerWeight", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact", "Expression",
-    "FactoredLinear", "Hadamard", "InputPermutation", "InputRotation", "IntFormat", "LayerReport", "LayerStats",
-    "LowRank", "LowRankStage", "Metric", "ModelReport", "Moments", "Mpo", "OutputPermutation", "OutputRotation",
-    "Permutation", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe", "RelativeError", "Subspace", "Sum",
-    "TNCError", "balanced_modes", "calibrate", "compensate", "compress", "decompose", "evaluate", "gptq",
-    "load_base", "load_checkpoint", "load_stats", "pooled_ranks", "recipe", "round_mpo", "rtn", "save_checkpoint",
-    "save_stats", "spectrum", "truncated_svd", "tt_svd", "unfuse_experts",
+    "RECIPES", "BitsPerWeight", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact",
+    "Expression", "FactoredLinear", "Hadamard", "InputPermutation", "InputRotation", "IntFormat", "LayerReport",
+    "LayerStats", "LowRank", "LowRankStage", "Metric", "ModelReport", "Moments", "Mpo", "MpoStage",
+    "OutputPermutation", "OutputRotation", "Permutation", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe",
+    "RelativeError", "Subspace", "Sum", "TNCError", "balanced_modes", "calibrate", "compensate", "compress",
+    "decompose", "evaluate", "gptq", "load_base", "load_checkpoint", "load_stats", "pooled_ranks", "recipe",
+    "round_mpo", "rtn", "save_checkpoint", "save_stats", "spectrum", "truncated_svd", "tt_svd", "unfuse_experts",
 }  # fmt: skip
 
 

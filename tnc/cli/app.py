@@ -56,7 +56,8 @@ def compress(
     bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")] = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero points fixed at mid-range.")] = False,
-    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term, or bond dimension.")] = None,
+    cores: Annotated[int | None, typer.Option(help="Cores of a matrix product operator; default 2.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --rank: largest relative error of a layer.")] = None,
     bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
     base: Annotated[
@@ -83,9 +84,9 @@ def compress(
     run_compress(
         CompressOptions(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
-            symmetric=symmetric or None, rank=rank, error=error, bpw=bpw, stats=stats, sequences=sequences,
-            context=context, fisher=fisher, sequential=sequential, include=include, exclude=exclude, seed=seed,
-            device=device, base=base,
+            symmetric=symmetric or None, rank=rank, cores=cores, error=error, bpw=bpw, stats=stats,
+            sequences=sequences, context=context, fisher=fisher, sequential=sequential, include=include,
+            exclude=exclude, seed=seed, device=device, base=base,
         ),
         as_json=as_json,
     )  # fmt: skip

@@ -41,6 +41,7 @@ class CompressOptions:
     group_size: int | None
     symmetric: bool | None
     rank: int | None
+    cores: int | None
     error: float | None
     bpw: float | None
     stats: Path | None
@@ -135,7 +136,7 @@ def _recipe(options: CompressOptions) -> Recipe:
         raise RecipeError(f"--rank, --error and --bpw exclude each other; got {len(sizes)} of them. Keep one.")
     return recipe(
         options.recipe, bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
-        rank=sizes[0] if sizes else None,
+        rank=sizes[0] if sizes else None, cores=options.cores,
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def register_recipe(name: str, entry: RecipeEntry) -> None:
 
 def recipe(
     name: str, *, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None,
-    rank: Size | None = None, blocks: int | None = None,
+    rank: Size | None = None, blocks: int | None = None, cores: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Build a recipe of `RECIPES`.
 
@@ -75,8 +75,10 @@ def recipe(
         bits: width of the quantized base.
         group_size: input columns that share a scale; ``None`` is one group a row.
         symmetric: zero points fixed at mid-range; default asymmetric.
-        rank: of the low-rank or structured term: an int, `Rank`, `RelativeError` or `BitsPerWeight`.
+        rank: of the low-rank or structured term, or largest bond dimension of a matrix product operator: an int,
+            `Rank`, `RelativeError` or `BitsPerWeight`.
         blocks: of a structured term, on each side of the weight.
+        cores: of a matrix product operator; default 2.
 
     Raises:
         RecipeError: for an unknown name (lists the valid ones), an option the recipe does not take, or a missing one.
@@ -84,7 +86,9 @@ def recipe(
     entry = RECIPES.get(_key(name))
     if entry is None:
         raise RecipeError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}.")
-    given = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank, "blocks": blocks}
+    given = {
+        "bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank, "blocks": blocks, "cores": cores,
+    }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     foreign = [k for k in given if k not in entry.options]
     missing = [k for k in ("bits", "rank") if k in entry.options and k not in given]

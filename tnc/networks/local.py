@@ -20,7 +20,7 @@ from tnc.networks.modes import Modes, site_matrix, site_tensor
 
 DIRECT_LIMIT = 2048  # unknowns of an independent block up to which its normal matrix is factored
 _STEPS = 40  # of conjugate gradients
-_ACCURACY = 1e-6  # relative preconditioned residual at which they stop
+_ACCURACY = 1e-4  # relative preconditioned residual at which they stop
 _UNSEEN = 1e-10  # directions that the preconditioner leaves alone, relative to the largest
 
 
