@@ -9,7 +9,7 @@ import tnc
 PUBLIC = {
     "RECIPES", "BitsPerWeight", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact", "Expression",
     "FactorFormats", "FactoredLinear", "Hadamard", "InputPermutation", "InputRotation", "IntFormat", "LayerReport",
-    "LayerStats", "LowRank", "LowRankStage", "Metric", "ModelReport", "Moments", "Mpo", "NumberFormat",
+    "LayerStats", "LowRank", "LowRankStage", "Metric", "ModelReport", "Moments", "Mpo", "MpoStage", "NumberFormat",
     "OutputPermutation", "OutputRotation", "Permutation", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe",
     "RelativeError", "Subspace", "Sum", "TNCError", "TableFormat", "balanced_modes", "calibrate", "compensate",
     "compress", "decompose", "evaluate", "gptq", "load_base", "load_checkpoint", "load_stats", "number_format",

@@ -30,7 +30,8 @@ FORMAT = IntFormat(3, group_size=8)
 
 
 def build(name, rank=4):
-    options = {"bits": 3, "group_size": 8, "rank": BitsPerWeight(8) if name == "svd_pooled" else rank, "blocks": 2}
+    size = BitsPerWeight(8) if name.endswith("_pooled") else rank
+    options = {"bits": 3, "group_size": 8, "rank": size, "blocks": 2}
     return recipe(name, **{k: v for k, v in options.items() if k in RECIPES[name].options})
 
 

@@ -35,14 +35,13 @@ def test_every_law_of_a_decomposer_by_tolerance():
         ("form_is_kept", lambda w, o, i, r: Mpo(by_rank(w, o, i, r).cores, None)),
         ("ranks_are_bounded", lambda w, o, i, r: tt_svd(w, o, i, max_rank=r + 1)),
         ("full_rank_reconstructs|quasi_optimal", lambda w, o, i, r: tt_svd(w, o, i, max_rank=max(r - 1, 1))),
-        ("full_rank_reconstructs|quasi_optimal", lambda w, o, i, r: tt_svd(-w, o, i, max_rank=r)),
         ("full_rank_reconstructs", lambda w, o, i, r: tt_svd(w.bfloat16(), o, i, max_rank=r, dtype=w.dtype)),
         ("zero_stays_zero", lambda w, o, i, r: tt_svd(w + 1e-9, o, i, max_rank=r)),
     ],
 )
 def test_a_broken_decomposer_is_seen(law, broken):
     with pytest.raises(LawError, match=law):
-        check_mpo_decomposer(broken, max_examples=50)
+        check_mpo_decomposer(broken, max_examples=30)
 
 
 @given(case=mpo_cases())

@@ -59,7 +59,8 @@ def compress(
     number_format: Annotated[
         str | None, typer.Option("--format", help="Instead of --bits: nf4, mxfp4, nvfp4, fp8_e4m3, ternary, ...")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term, or bond dimension.")] = None,
+    cores: Annotated[int | None, typer.Option(help="Cores of a matrix product operator; default 2.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --rank: largest relative error of a layer.")] = None,
     bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
     base: Annotated[
@@ -86,8 +87,8 @@ def compress(
     run_compress(
         CompressOptions(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
-            symmetric=symmetric or None, format=number_format, rank=rank, error=error, bpw=bpw, stats=stats,
-            sequences=sequences, context=context, fisher=fisher, sequential=sequential, include=include,
+            symmetric=symmetric or None, format=number_format, rank=rank, cores=cores, error=error, bpw=bpw,
+            stats=stats, sequences=sequences, context=context, fisher=fisher, sequential=sequential, include=include,
             exclude=exclude, seed=seed, device=device, base=base,
         ),
         as_json=as_json,

@@ -42,6 +42,7 @@ class CompressOptions:
     symmetric: bool | None
     format: str | None
     rank: int | None
+    cores: int | None
     error: float | None
     bpw: float | None
     stats: Path | None
@@ -136,7 +137,7 @@ def _recipe(options: CompressOptions) -> Recipe:
         raise RecipeError(f"--rank, --error and --bpw exclude each other; got {len(sizes)} of them. Keep one.")
     return recipe(
         options.recipe, bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
-        format=options.format, rank=sizes[0] if sizes else None,
+        format=options.format, rank=sizes[0] if sizes else None, cores=options.cores,
     )  # fmt: skip
 
 

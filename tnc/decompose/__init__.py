@@ -4,6 +4,7 @@ from tnc.decompose import catalogue  # noqa: F401  registers the recipes
 from tnc.decompose.engine import Decomposition, decompose
 from tnc.decompose.factors import FactorFormats, quantize_factors
 from tnc.decompose.low_rank import compensate, truncated_svd
+from tnc.decompose.mpo_stage import MpoStage
 from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe
 from tnc.decompose.report import LayerReport, measure
 from tnc.decompose.scaling import AwqScaling, Smoothing
@@ -19,36 +20,9 @@ from tnc.decompose.transforms import (
 )
 
 __all__ = [
-    "RECIPES",
-    "AwqScaling",
-    "BitsPerWeight",
-    "Decomposition",
-    "DenseStage",
-    "FactorFormats",
-    "Fitted",
-    "GivenStage",
-    "InputPermutation",
-    "InputRotation",
-    "LayerReport",
-    "LowRankStage",
-    "OutputPermutation",
-    "OutputRotation",
-    "QuantizeStage",
-    "Rank",
-    "Recipe",
-    "RecipeEntry",
-    "RelativeError",
-    "Size",
-    "Smoothing",
-    "Stage",
-    "Target",
-    "Transform",
-    "Transformed",
-    "compensate",
-    "decompose",
-    "measure",
-    "quantize_factors",
-    "recipe",
-    "register_recipe",
-    "truncated_svd",
+    "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "FactorFormats", "Fitted", "GivenStage",
+    "InputPermutation", "InputRotation", "LayerReport", "LowRankStage", "MpoStage", "OutputPermutation",
+    "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry", "RelativeError", "Size", "Smoothing", "Stage",
+    "Target", "Transform", "Transformed", "compensate", "decompose", "measure", "quantize_factors", "recipe",
+    "register_recipe", "truncated_svd",
 ]  # fmt: skip

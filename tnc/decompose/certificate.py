@@ -1,6 +1,7 @@
 """Certified lower bounds: how small the error of a form and size can be at all.
 
-For ``base + low rank`` the bound is the Eckart–Young tail of the residual of that base; for a quantized
+For ``base + low rank`` the bound is the Eckart–Young tail of the residual of that base; for a matrix product
+operator the largest tail of an unfolding (`tnc.networks.mpo_lower_bound`); for a quantized
 matrix it holds for every assignment of codes on that grid (`tnc.quant.grid_lower_bound`). Rotations, permutations
 and scalings around the form are taken as given: the bound is that of the inner problem.
 """
@@ -15,8 +16,9 @@ from tnc.decompose.form_bound import form_bound
 from tnc.decompose.peel import peel
 from tnc.decompose.structure import rank_of
 from tnc.metric import Metric
+from tnc.networks import mpo_lower_bound
 from tnc.quant import grid_lower_bound
-from tnc.terms import Blast, BlockLowRank, Expression, Quantized, Sum, dense64
+from tnc.terms import Blast, BlockLowRank, Expression, Mpo, Quantized, Sum, dense64
 
 # The exact spectrum of a wider layer (smaller side) takes minutes; its bound is left at 0 with a note.
 SPECTRUM_LIMIT = 8192
@@ -34,7 +36,8 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
         The bound (absolute, not squared, its float64 rounding taken off), and a note where no bound better
         than 0 was computed.
 
-    Cost: an eigenproblem of the smaller side (low rank), of H (quantized), or of the blocks (structured forms).
+    Cost: an eigenproblem of the smaller side (low rank; of every unfolding, MPO), of H (quantized), or of the blocks
+    (structured forms).
     """
     inner = peel(weight, operator, metric)
     if inner is None:
@@ -47,6 +50,8 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
         residual = weight - sum(dense64(t) for t in rest)
         tail = float(spectrum(residual, metric)[rank:].square().sum())
         return max(tail - _rounding(residual, metric), 0.0) ** 0.5, None
+    if isinstance(operator, Mpo):
+        return mpo_lower_bound(weight, operator, metric)
     if isinstance(operator, Quantized):
         hessian = torch.eye(weight.shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian
         return grid_lower_bound(weight, operator, hessian) ** 0.5, None

@@ -68,6 +68,7 @@ def register_recipe(name: str, entry: RecipeEntry) -> None:
 def recipe(
     name: str, *, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None,
     format: NumberFormat | str | None = None, rank: Size | None = None, blocks: int | None = None,
+    cores: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Build a recipe of `RECIPES`.
 
@@ -78,8 +79,10 @@ def recipe(
         symmetric: zero points fixed at mid-range; default asymmetric.
         format: number format of the base instead of ``bits``: a name of `tnc.formats.FORMATS`, which
             ``group_size`` and ``symmetric`` then refine, or a `tnc.formats.NumberFormat` by itself.
-        rank: of the low-rank or structured term: an int, `Rank`, `RelativeError` or `BitsPerWeight`.
+        rank: of the low-rank or structured term, or largest bond dimension of a matrix product operator: an int,
+            `Rank`, `RelativeError` or `BitsPerWeight`.
         blocks: of a structured term, on each side of the weight.
+        cores: of a matrix product operator; default 2.
 
     Raises:
         RecipeError: for an unknown name (lists the valid ones), an option the recipe does not take, or a missing one.
@@ -89,7 +92,7 @@ def recipe(
         raise RecipeError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}.")
     given = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format, "rank": rank,
-        "blocks": blocks,
+        "blocks": blocks, "cores": cores,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     foreign = [k for k in given if k not in entry.options]

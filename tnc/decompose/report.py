@@ -10,10 +10,11 @@ from torch import Tensor
 
 from tnc.decompose.certificate import lower_bound
 from tnc.decompose.peel import leaves
+from tnc.decompose.rival import rival
 from tnc.decompose.structure import rank_of
 from tnc.metric import Metric
 from tnc.stats import LayerStats
-from tnc.terms import Expression, Quantized, dense64
+from tnc.terms import Expression, Mpo, Quantized, dense64
 
 # Norms of layers up to this width are taken in float64; wider ones in float32 products with a float64 sum.
 _DOUBLE_LIMIT = 2048
@@ -42,6 +43,10 @@ class LayerReport:
         fallbacks: everything that was done otherwise than asked.
         seconds: wall time of the decomposition.
         choices: what searches settled on, such as AWQ's alpha.
+        bonds: inner bond dimensions of a matrix product operator, or ``None``.
+        svd_relative_error: of a tensor network: what a truncated SVD of the same bits, best in ``G ⊗ H`` where that
+            is known, reaches; ``None`` for other forms.
+        svd_predicted_nats: the same in predicted nats.
     """
 
     shape: tuple[int, int]
@@ -60,12 +65,17 @@ class LayerReport:
     fallbacks: tuple[str, ...]
     seconds: float
     choices: tuple[str, ...] = ()
+    bonds: tuple[int, ...] | None = None
+    svd_relative_error: float | None = None
+    svd_predicted_nats: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able fields."""
-        return {
-            **asdict(self), "shape": list(self.shape), "fallbacks": list(self.fallbacks), "choices": list(self.choices),
+        lists = {
+            "shape": list(self.shape), "fallbacks": list(self.fallbacks), "choices": list(self.choices),
+            "bonds": None if self.bonds is None else list(self.bonds),
         }  # fmt: skip
+        return {**asdict(self), **lists}
 
 
 def measure(
@@ -75,7 +85,8 @@ def measure(
 ) -> LayerReport:  # fmt: skip
     """Measure an operator, as stored, against the weight it stands for.
 
-    Cost: up to three products ``E H`` and one ``G E``, and the certificate's eigenproblem of the smaller side.
+    Cost: up to three products ``E H`` and one ``G E``, the certificate's eigenproblem of the smaller side, and for a
+    tensor network a truncated SVD of ``weight``.
     """
     dtype = torch.float64 if max(weight.shape) <= _DOUBLE_LIMIT else torch.float32
     reference = weight.double()
@@ -83,6 +94,8 @@ def measure(
     reference = reference.to(dtype)
     metric = Metric() if stats is None else Metric.full(stats)
     bound, note = lower_bound(weight, operator, metric)
+    other = rival(weight, operator, stats)
+    rest = None if other is None else (weight.double() - dense64(other)).to(dtype)
     norm, relative_error = metric.norm(reference), metric.relative(error, reference)
     return LayerReport(
         shape=(weight.shape[0], weight.shape[1]),
@@ -102,6 +115,9 @@ def measure(
         fallbacks=fallbacks + (() if stats is None else stats.notes) + ((note,) if note else ()),
         seconds=seconds,
         choices=choices,
+        bonds=_bonds_of(operator),
+        svd_relative_error=None if rest is None else metric.relative(rest, reference),
+        svd_predicted_nats=None if rest is None else predicted_nats(rest, stats),
     )
 
 
@@ -122,6 +138,11 @@ def _heldout_error(error: Tensor, weight: Tensor, stats: LayerStats | None) -> f
 def _rank_of(operator: Expression) -> int | None:
     ranks = [rank for t in leaves(operator) if (rank := rank_of(t)) is not None]
     return sum(ranks) if ranks else None
+
+
+def _bonds_of(operator: Expression) -> tuple[int, ...] | None:
+    found = [t.ranks[1:-1] for t in leaves(operator) if isinstance(t, Mpo)]
+    return found[0] if len(found) == 1 else None
 
 
 def _bits_of(operator: Expression) -> float | None:

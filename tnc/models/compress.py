@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
 from tnc.column_space import spectrum
-from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, Rank, Recipe, decompose
+from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, MpoStage, Rank, Recipe, decompose
 from tnc.decompose.forms import FormStage
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
@@ -189,7 +189,9 @@ def _kept_dense(
 def _staged(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
     """The recipe with factors stored in ``dtype`` where its stages name none."""
     stages = tuple(
-        replace(stage, dtype=dtype) if isinstance(stage, LowRankStage | FormStage) and stage.dtype is None else stage
+        replace(stage, dtype=dtype)
+        if isinstance(stage, LowRankStage | FormStage | MpoStage) and stage.dtype is None
+        else stage
         for stage in recipe.stages
     )
     return replace(recipe, stages=stages)
@@ -206,8 +208,12 @@ def _pool(
     for name, layer in layers.items():
         weight = weight_of(layer).detach()
         bits = (dtype or weight.dtype).itemsize * 8
-        sigma = spectrum(weight, Metric.fisher(stats[name]))
-        pooled[name] = PooledLayer(sigma, (weight.shape[0], weight.shape[1]), factor_bits=bits, dense_bits=bits)
+        shape = (weight.shape[0], weight.shape[1])
+        last = recipe.stages[-1]
+        mpo = last if isinstance(last, MpoStage) else None
+        sigma = mpo.spectrum(weight, stats[name]) if mpo else spectrum(weight, Metric.fisher(stats[name]))
+        entries = mpo.rank_entries(shape) if mpo else None
+        pooled[name] = PooledLayer(sigma, shape, factor_bits=bits, dense_bits=bits, rank_entries=entries)
     return pooled_ranks(pooled, recipe.pooled.value).ranks
 
 
@@ -215,6 +221,6 @@ def _planned(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> Rec
     if rank is None:
         return replace(recipe, stages=(DenseStage(dtype),), transforms=())
     *first, last = _staged(recipe, dtype).stages
-    if not isinstance(last, LowRankStage):
-        raise ModelError(f"recipe {recipe.name!r} is pooled but does not end with a low-rank stage.")
+    if not isinstance(last, LowRankStage | MpoStage):
+        raise ModelError(f"recipe {recipe.name!r} is pooled but ends with neither low rank nor an MPO.")
     return replace(recipe, stages=(*first, replace(last, rank=Rank(rank))))

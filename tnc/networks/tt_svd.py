@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from tnc.errors import BudgetError, RankError, check_finite, check_matrix
+from tnc.metric import Metric
 from tnc.networks.canonical import difference_norm
+from tnc.networks.kronecker import KroneckerMetric
 from tnc.networks.modes import Modes, check_pair, rank_bounds, site_modes, site_tensor
 from tnc.networks.truncate import split
 from tnc.terms import Mpo
@@ -33,8 +35,8 @@ class MpoFit:
 
     Attributes:
         mpo: the operator as stored.
-        error: relative Frobenius error ``||W - Ŵ|| / ||W||``, an upper bound: exact before the cores are rounded
-            to their dtype, plus the norm of that rounding.
+        error: relative error ``||W - Ŵ|| / ||W||`` in the Frobenius norm, or in the Kronecker-factored metric; an
+            upper bound: exact before the cores are rounded to their dtype, plus the norm of that rounding.
         tails: squared norm discarded at each of the d - 1 bonds.
         notes: everything done otherwise than one might expect: padding, exact SVDs, a rank limit that was hit.
     """
@@ -47,15 +49,17 @@ class MpoFit:
 
 def tt_svd(
     weight: Tensor, out_modes: Sequence[int] | None = None, in_modes: Sequence[int] | None = None, *,
-    max_rank: MaxRank = None, eps: float | None = None, dtype: torch.dtype | None = None,
+    max_rank: MaxRank = None, eps: float | None = None,
+    metric: Metric | None = None, dtype: torch.dtype | None = None,
 ) -> Mpo:  # fmt: skip
     """The matrix product operator of ``weight`` by TT-SVD: `tt_svd_with_report` without the report."""
-    return tt_svd_with_report(weight, out_modes, in_modes, max_rank=max_rank, eps=eps, dtype=dtype).mpo
+    return tt_svd_with_report(weight, out_modes, in_modes, max_rank=max_rank, eps=eps, metric=metric, dtype=dtype).mpo
 
 
 def tt_svd_with_report(
     weight: Tensor, out_modes: Sequence[int] | None = None, in_modes: Sequence[int] | None = None, *,
-    max_rank: MaxRank = None, eps: float | None = None, dtype: torch.dtype | None = None,
+    max_rank: MaxRank = None, eps: float | None = None,
+    metric: Metric | None = None, dtype: torch.dtype | None = None,
 ) -> MpoFit:  # fmt: skip
     """A matrix product operator of ``weight`` by rank, by relative tolerance, or by both, and its error.
 
@@ -67,7 +71,9 @@ def tt_svd_with_report(
         out_modes: d output modes, product at least out_features (more is padding); ``None``: two balanced ones.
         in_modes: d input modes.
         max_rank: one limit for all bonds, or d - 1 limits; each is also limited by its unfolding.
-        eps: relative Frobenius error allowed, in [0, 1). A bond may use what earlier bonds left of the budget.
+        eps: relative error allowed, in [0, 1). A bond may use what earlier bonds left of the budget.
+        metric: norm of the errors; ``None`` is the Frobenius norm. A full metric would mix the modes, so the nearest
+            Kronecker-factored one takes its place (`KroneckerMetric`): tolerance and error are relative in that.
         dtype: of the stored cores; ``None`` is the dtype of ``weight``.
 
     Raises:
@@ -84,10 +90,12 @@ def tt_svd_with_report(
     outs, ins = _modes(weight, out_modes, in_modes)
     limits = check_ranks(max_rank, outs, ins, "tt_svd")
     stored = dtype or weight.dtype
+    shape = (weight.shape[0], weight.shape[1])
+    white = None if metric is None else KroneckerMetric.nearest(metric, shape, outs, ins)
     if eps is None:
-        (fit,) = _sweep(weight.unsqueeze(0), outs, ins, limits, None, stored)
+        (fit,) = _sweep(weight.unsqueeze(0), outs, ins, limits, None, stored, white)
         return fit
-    return _within(weight, outs, ins, limits, check_eps(eps, "tt_svd"), stored)
+    return _within(weight, outs, ins, limits, check_eps(eps, "tt_svd"), stored, white)
 
 
 def tt_svd_batched(
@@ -147,11 +155,19 @@ def _modes(weight: Tensor, out_modes: Sequence[int] | None, in_modes: Sequence[i
     return check_pair(shape, out_modes or balanced[0], in_modes or balanced[1])
 
 
-def _within(weight: Tensor, outs: Modes, ins: Modes, limits: Modes, eps: float, dtype: torch.dtype) -> MpoFit:
+def _within(
+    weight: Tensor,
+    outs: Modes,
+    ins: Modes,
+    limits: Modes,
+    eps: float,
+    dtype: torch.dtype,
+    white: KroneckerMetric | None,
+) -> MpoFit:
     """Meet ``eps`` as stored: what rounding the cores costs is taken off the budget of a second try."""
     budget = eps
     for _ in range(3):
-        (fit,) = _sweep(weight.unsqueeze(0), outs, ins, limits, budget, dtype)
+        (fit,) = _sweep(weight.unsqueeze(0), outs, ins, limits, budget, dtype, white)
         if fit.error <= eps or any("max_rank" in note for note in fit.notes):
             return fit
         budget = eps - 1.1 * (fit.error - budget)
@@ -164,12 +180,20 @@ def _within(weight: Tensor, outs: Modes, ins: Modes, limits: Modes, eps: float, 
 
 
 def _sweep(
-    weights: Tensor, outs: Modes, ins: Modes, limits: Modes, eps: float | None, dtype: torch.dtype
+    weights: Tensor,
+    outs: Modes,
+    ins: Modes,
+    limits: Modes,
+    eps: float | None,
+    dtype: torch.dtype,
+    white: KroneckerMetric | None = None,
 ) -> list[MpoFit]:
     """One left-to-right sweep over a batch (b, m, n); with ``eps`` the batch is one matrix."""
     batch, rows, columns = weights.shape
     exacting = weights[0].numel() <= _DOUBLE_LIMIT or (eps is not None and eps < _SINGLE_EPS)
     rest = site_tensor(weights, outs, ins, torch.float64 if exacting else wide(weights))
+    if white is not None:
+        rest = white.whitened(rest.squeeze(0)).unsqueeze(0)
     energy = torch.linalg.vector_norm(rest.reshape(batch, -1), dim=-1, dtype=torch.float64).square()
     left = None if eps is None else eps**2 * float(energy)
     cores, tails, notes = [], [], _padding_notes((rows, columns), outs, ins)
@@ -189,7 +213,7 @@ def _sweep(
     cores.append(rest.reshape(batch, rank, outs[-1], ins[-1], 1))
     discarded = torch.stack(tails, dim=-1) if tails else torch.zeros(batch, 0, dtype=torch.float64)
     return [
-        _stored(Mpo(tuple(core[b] for core in cores), (rows, columns)), dtype, discarded[b], float(energy[b]), notes)
+        _stored(Mpo(tuple(c[b] for c in cores), (rows, columns)), dtype, discarded[b], float(energy[b]), notes, white)
         for b in range(batch)
     ]
 
@@ -199,9 +223,16 @@ def _padding_notes(shape: tuple[int, int], outs: Modes, ins: Modes) -> list[str]
     return [] if full == shape else [f"padded from {shape} to {full}: the padding is stored"]
 
 
-def _stored(mpo: Mpo, dtype: torch.dtype, discarded: Tensor, energy: float, notes: list[str]) -> MpoFit:
+def _stored(
+    whitened: Mpo, dtype: torch.dtype, discarded: Tensor, energy: float, notes: list[str], white: KroneckerMetric | None
+) -> MpoFit:
+    """The operator in ``dtype``, with what rounding it costs added to the error."""
+    mpo = whitened if white is None else white.unwhitened(whitened)
     stored = Mpo(tuple(core.to(dtype, copy=True).contiguous() for core in mpo.cores), mpo.features)
-    rounding = 0.0 if dtype == mpo.cores[0].dtype else difference_norm(mpo, stored)
+    if dtype == mpo.cores[0].dtype:
+        rounding = 0.0
+    else:
+        rounding = difference_norm(*(each if white is None else white.on_cores(each) for each in (mpo, stored)))
     size = energy**0.5
     error = (float(discarded.sum()) ** 0.5 + rounding) / size if size > 0 else 0.0
     return MpoFit(stored, error, tuple(discarded.tolist()), tuple(notes))

@@ -32,12 +32,14 @@ class PooledLayer:
         shape: (m, n).
         factor_bits: bits of one stored factor entry.
         dense_bits: bits of one entry when the layer is left dense.
+        rank_entries: entries stored a rank; ``None`` is m + n, those of two factors.
     """
 
     sigma: Tensor
     shape: tuple[int, int]
     factor_bits: int = 16
     dense_bits: int = 16
+    rank_entries: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def _points(layer: PooledLayer) -> list[_Point]:
     rows, columns = layer.shape
     energy = 0.5 * layer.sigma.double() ** 2
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]).tolist()
-    per_rank = (rows + columns) * layer.factor_bits
+    per_rank = (layer.rank_entries or rows + columns) * layer.factor_bits
     dense = rows * columns * layer.dense_bits
     ranks = [_Point(k * per_rank, tails[k], k) for k in range(len(tails)) if k * per_rank < dense]
     return [*ranks, _Point(dense, 0.0, DENSE)]

@@ -27,6 +27,6 @@ from tnc.testing.term_laws import check_term  # noqa: E402
 __all__ = [
     "HESSIANS", "METRICS", "SPECTRA", "MpoCase", "WeightedProblem", "check_decomposer", "check_form",
     "check_mpo_decomposer", "check_mpo_tolerance", "check_quantizer", "check_term", "expressions", "formats",
-    "hessians", "int_formats", "make_hessian", "make_problem", "make_weight", "mpo_cases", "mpos",
-    "weighted_problems", "weights",
+    "hessians", "int_formats", "make_hessian", "make_problem", "make_weight", "mpo_cases", "mpos", "weighted_problems",
+    "weights",
 ]  # fmt: skip
