@@ -121,8 +121,8 @@ def _identity_padded(factor: Tensor, tile: int) -> Tensor:
 def _tiled(matrix: Tensor, tile: int) -> Tensor:
     """(m, n) as tiles (m/t, n/t, t, t), rows of a tile last first; padded with zeros."""
     padded = pad(matrix, (0, -matrix.shape[1] % tile, 0, -matrix.shape[0] % tile))
-    tiles: Tensor = padded.unflatten(0, (-1, tile)).unflatten(2, (-1, tile)).transpose(1, 2).flip(2)
-    return tiles.contiguous()
+    down, across = padded.shape[0] // tile, padded.shape[1] // tile
+    return padded.reshape(down, tile, across, tile).transpose(1, 2).flip(2).contiguous()
 
 
 def _untiled(tiles: Tensor) -> Tensor:
