@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor, nn
 
 from benchmarks.run import machine
-from tnc import BitsPerWeight, ModelReport, Recipe, calibrate, compress, recipe
+from tnc import BitsPerWeight, LayerStats, ModelReport, Recipe, calibrate, compress, load_stats, recipe
 from tnc.models.evaluate import evaluate_many
 from tnc.models.hf import load_model, load_tokenizer
-from tnc.models.text import calibration_batches, read_text, token_windows
+from tnc.models.text import Tokenizer, calibration_batches, read_text, token_windows
 
 
 def variants(group_size: int, only: str) -> list[Recipe]:
@@ -31,7 +32,7 @@ def variants(group_size: int, only: str) -> list[Recipe]:
     found = [recipe(n, rank=size) for size in sizes for n in ("svd", "asvd", "svd_llm", "svd_fisher", "svd_pooled")]
     for bits in (3, 4, 2):
         base = {"bits": bits, "group_size": group_size or None}
-        found += [recipe("rtn", **base), recipe("gptq", **base)]
+        found += [recipe(n, **base) for n in ("rtn", "gptq", "gptq_refined", "yaqa", "yaqa_refined")]
         found += [recipe("eora", **base, rank=rank) for rank in (8, 16, 32)]
         found += [recipe(name, **base, rank=16) for name in ("qlr_fisher", "qera", "lqer", "lorc")]
     return [each for each in found if re.search(only, each.describe())]
@@ -41,15 +42,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Rows of all variants on one model."""
     device = torch.device(arguments.device)
     model, tokenizer = load_model(arguments.model, device=device), load_tokenizer(arguments.model)
-    batches = calibration_batches(
-        tokenizer, read_text(arguments.calib), context=arguments.context, sequences=arguments.sequences,
-        seed=arguments.seed,
-    )  # fmt: skip
-    batches = [batch.to(device) for batch in batches]
-    start = time.perf_counter()
-    stats = calibrate(model, batches, seed=arguments.seed)
-    print(f"calibration: {time.perf_counter() - start:.1f} s", flush=True)
-    windows = list(token_windows(tokenizer, read_text(arguments.text), arguments.context))[: arguments.windows]
+    stats = _statistics(arguments, model, tokenizer)
+    windows = _spread(list(token_windows(tokenizer, read_text(arguments.text), arguments.context)), arguments.windows)
     chosen = variants(arguments.group_size, arguments.only)
     dense = evaluate_many({"dense": model}, windows)["dense"].to_json()
     print(f"dense: perplexity {dense['perplexity']:.3f} on {dense['tokens']} tokens", flush=True)
@@ -68,6 +62,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             _print(rows[-1])
         _write(arguments.out, {**result, "rows": rows})  # a run that is cut short keeps what it has
     return {**result, "rows": rows, "prediction": _prediction(rows)}
+
+
+def _spread(windows: list[Tensor], count: int | None) -> list[Tensor]:
+    if count is None or count >= len(windows):
+        return windows
+    return [windows[i * len(windows) // count] for i in range(count)]
+
+
+def _statistics(arguments: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer) -> dict[str, LayerStats]:
+    if arguments.stats is not None:
+        return load_stats(arguments.stats)
+    batches = calibration_batches(
+        tokenizer, read_text(arguments.calib), context=arguments.context, sequences=arguments.sequences,
+        seed=arguments.seed,
+    )  # fmt: skip
+    start = time.perf_counter()
+    stats = calibrate(model, [batch.to(arguments.device) for batch in batches], seed=arguments.seed)
+    print(f"calibration: {time.perf_counter() - start:.1f} s", flush=True)
+    return stats
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
@@ -104,11 +117,13 @@ def main() -> None:
     """Parse the arguments, run, and write the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--calib", type=Path, help="text to calibrate on")
+    source.add_argument("--stats", type=Path, help="file of tnc.save_stats instead")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--windows", type=int, help="score only the first ones")
+    parser.add_argument("--windows", type=int, help="score only so many, evenly spread over the text")
     parser.add_argument("--group-size", type=int, default=64, help="0 is one group a row")
     parser.add_argument("--only", default="", help="regular expression on the recipe and its options")
     parser.add_argument("--together", type=int, default=4, help="models held in memory at a time")

@@ -44,7 +44,7 @@ def test_the_published_ones_are_there():
     assert {"svd", "asvd", "svd_llm", "svd_pooled", "rtn", "gptq", "lorc", "lqer", "qera", "eora"} <= RECIPES.keys()
     for entry in RECIPES.values():
         assert entry.summary
-        assert re.search(r"arXiv:\d{4}\.\d{5}|MATH\.md|Eckart", entry.source)
+        assert re.search(r"arXiv:\d{4}\.\d{5}|MATH\.md|Eckart|Badri", entry.source)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -21,7 +21,7 @@ from tnc.decompose.sizes import Size
 from tnc.errors import check_same_shape
 from tnc.formats import NumberFormat
 from tnc.metric import Metric
-from tnc.quant import CLIP_RATIOS, quantizer
+from tnc.quant import CLIP_RATIOS, quantizer, refine
 from tnc.stats import LayerStats
 from tnc.terms import Dense, Expression
 
@@ -72,6 +72,7 @@ class QuantizeStage:
         clip_ratios: candidate ranges of a group as ratios of its full range; ``(1.0,)`` is no search.
         damping: first multiple of ``mean(diag H)`` of the methods that factor H.
         options: further options of the method, as its entry lists them.
+        refine: sweeps of `tnc.quant.refine` afterwards, in ``G ⊗ H`` (``H`` without gradients).
 
     Raises:
         RecipeError: for an unknown method (lists the names), or an option that the method does not take.
@@ -82,6 +83,7 @@ class QuantizeStage:
     clip_ratios: Sequence[float] = field(default=CLIP_RATIOS)
     damping: float = 0.01
     options: Mapping[str, Any] = field(default_factory=dict)
+    refine: int = 0
 
     def __post_init__(self) -> None:
         quantizer(self.method, self.options)
@@ -92,7 +94,8 @@ class QuantizeStage:
         shared = {"clip_ratios": self.clip_ratios, "damping": self.damping}
         options = {k: v for k, v in shared.items() if k in entry.options} | dict(self.options)
         result = entry.run(target.residual, target.stats, self.format, **options)
-        return Fitted(result.term, result.damping, result.fallbacks)
+        term = refine(target.residual, result.term, target.stats, sweeps=self.refine)
+        return Fitted(term, result.damping, result.fallbacks)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,16 @@ from tnc.quant.bound import grid_lower_bound
 from tnc.quant.clip import CLIP_RATIOS, fit_grid
 from tnc.quant.gptq import gptq, gptq_with_notes
 from tnc.quant.grid import Grid
+from tnc.quant.hqq import hqq
+from tnc.quant.learned import autoround, learned_clipping
+from tnc.quant.order import ORDERS
+from tnc.quant.refine import refine
 from tnc.quant.registry import QUANTIZERS, QuantizerEntry, QuantizerResult, quantizer, register_quantizer
 from tnc.quant.rtn import rtn
+from tnc.quant.yaqa import yaqa
 
 __all__ = [
-    "CLIP_RATIOS", "QUANTIZERS", "Grid", "QuantizerEntry", "QuantizerResult", "fit_grid", "gptq", "gptq_with_notes",
-    "grid_lower_bound", "quantizer", "register_quantizer", "rtn",
+    "CLIP_RATIOS", "ORDERS", "QUANTIZERS", "Grid", "QuantizerEntry", "QuantizerResult", "autoround", "fit_grid", "gptq",
+    "gptq_with_notes", "grid_lower_bound", "hqq", "learned_clipping", "quantizer", "refine", "register_quantizer",
+    "rtn", "yaqa",
 ]  # fmt: skip

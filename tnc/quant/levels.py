@@ -51,6 +51,9 @@ class Levels(Protocol):
     def columns(self) -> Columns:
         """The same levels, where the entries are columns (m, c)."""
 
+    def at(self, pick: Callable[[Tensor], Tensor]) -> Levels:
+        """Levels of the entries that ``pick`` takes out of a tensor with one value an entry."""
+
 
 @dataclass(frozen=True)
 class AffineLevels:
@@ -71,6 +74,10 @@ class AffineLevels:
     def codes(self, chosen: Tensor) -> Tensor:
         """Level minus the lowest."""
         return (chosen - self.low).to(torch.uint8)
+
+    def at(self, pick: Callable[[Tensor], Tensor]) -> AffineLevels:
+        """Some of the entries."""
+        return AffineLevels(pick(self.scale), pick(self.low), pick(self.high))
 
     def columns(self) -> Columns:
         """Column by column."""
@@ -132,6 +139,10 @@ class TableLevels:
     def codes(self, chosen: Tensor) -> Tensor:
         """The table's code."""
         return self.table.codes[chosen]
+
+    def at(self, pick: Callable[[Tensor], Tensor]) -> TableLevels:
+        """Some of the entries."""
+        return TableLevels(pick(self.scale), self.table)
 
     def columns(self) -> Columns:
         """Column by column."""
