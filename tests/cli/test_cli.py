@@ -40,6 +40,16 @@ def call(*arguments, code=0):
     return result
 
 
+def test_forms_of_a_layer(folder):
+    arguments = ("forms", folder / "dense", "--layer", "*0.mlp.up_proj", "--calib", folder / "calib.txt",
+                 "--sequences", 8, "--tokens", 2)  # fmt: skip
+    shown = call(*arguments).stdout
+    assert "truncated SVD" in shown and "smallest predicted nats" in shown and "not measured" in shown
+    found = json.loads(call(*arguments, "--json").stdout)
+    assert (found["layer"], found["shape"]) == ("model.layers.0.mlp.up_proj", [64, 32])
+    assert "matches 2 layers; pick one" in call(*arguments[:3], "*.mlp.up_proj", code=2).stderr
+
+
 @pytest.fixture(scope="module")
 def compressed(folder):
     call("compress", folder / "dense", "--recipe", "eora", "--bits", 3, "--group-size", 16, "--rank", 4,

@@ -14,6 +14,7 @@ from tnc.cli import console
 from tnc.cli.compress import CompressOptions, run_compress
 from tnc.cli.demo import run_demo
 from tnc.cli.evaluate import run_evaluate
+from tnc.cli.forms import FormsOptions, run_forms
 from tnc.cli.inspect import run_inspect
 from tnc.decompose import RECIPES
 from tnc.errors import TNCError
@@ -118,6 +119,31 @@ def inspect(
 ) -> None:
     """What a checkpoint holds: recipe, sizes and every layer's certificate."""
     run_inspect(folder, as_json=as_json)
+
+
+@app.command()
+@_friendly
+def forms(
+    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
+    layer: Annotated[str, typer.Option(help="Name or pattern of one layer.")],
+    bits: Annotated[float, typer.Option(help="Stored bits per weight that every form may spend.")] = 8.0,
+    calib: Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Statistics file, instead of --calib.")] = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    tokens: Annotated[list[int] | None, typer.Option(help="Rows of x to predict costs for; may be repeated.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine for the predicted times.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sampled windows and labels.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare every form of one layer at equal storage bits."""
+    run_forms(
+        FormsOptions(
+            model=model, layer=layer, bits=bits, calib=calib, stats=stats, sequences=sequences,
+            tokens=tokens or [1, 16, 256], measure=measure, seed=seed, device=device,
+        ),
+        as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()
