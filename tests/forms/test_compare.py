@@ -65,16 +65,16 @@ def test_what_does_not_fit_has_a_reason_and_what_decides_without_statistics_is_t
 
 
 def test_cost_by_hand():
-    machine = Machine("m", 1e9, 1e8, 1e-5)
+    machine = Machine("m", 1e9, 1e9, 1e-5)
     cost = cost_of(LowRank(torch.zeros(30, 2), torch.zeros(2, 20)), 4, machine)
     moved = (2 * 50 + 4 * 50) * 4
-    assert cost == Cost(4, 100.0, pytest.approx(moved / 1e8 + 2e-5), "((x right) left)")
+    assert cost == Cost(4, 100.0, pytest.approx(moved / 1e9 + 2e-5), "((x right) left)")
     dense = cost_of(Dense(torch.zeros(30, 20)), 1000, machine)
     assert dense.macs_per_token == 600 and dense.seconds == pytest.approx(2 * 600 * 1000 / 1e9 + 1e-5)
     base = rtn(torch.randn(30, 20), IntFormat(4))
     both = Sum((base, LowRank(torch.zeros(30, 2), torch.zeros(2, 20))))
     apart = cost_of(both, 1, machine)
-    assert apart.macs_per_token == 600 + 100 and apart.seconds > 8 * 600 / 1e8
+    assert apart.macs_per_token == 600 + 100 and apart.seconds > 8 * 600 / 1e9
 
 
 def test_this_machine_can_be_measured():

@@ -13,6 +13,7 @@ import typer
 from tnc.cli import console
 from tnc.cli.compress import CompressOptions, run_compress
 from tnc.cli.demo import run_demo
+from tnc.cli.draw import DrawOptions, run_draw
 from tnc.cli.evaluate import run_evaluate
 from tnc.cli.forms import FormsOptions, run_forms
 from tnc.cli.inspect import run_inspect
@@ -142,6 +143,28 @@ def forms(
             model=model, layer=layer, bits=bits, calib=calib, stats=stats, sequences=sequences,
             tokens=tokens or [1, 16, 256], measure=measure, seed=seed, device=device,
         ),
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+@_friendly
+def draw(
+    model: Annotated[str, typer.Argument(help="tnc checkpoint, or a dense model folder (or 'demo') with --recipe.")],
+    layer: Annotated[str, typer.Option(help="Name of one layer.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: .png, .pdf or .svg.")],
+    recipe: Annotated[str | None, typer.Option(help="Of a dense layer: a name from `tnc recipes`.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank or bond dimension.")] = None,
+    bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Statistics file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw one layer as a tensor network, with the decay of every bond."""
+    run_draw(
+        DrawOptions(model=model, layer=layer, out=out, recipe=recipe, bits=bits, group_size=group_size, rank=rank,
+                    bpw=bpw, stats=stats),
         as_json=as_json,
     )  # fmt: skip
 
