@@ -22,6 +22,7 @@ ORDER = [
     ("planning",),
     ("kernels",),
     ("modules", "experts"),
+    ("forms", "drawing"),
     ("checkpoint", "testing", "foreign"),
     ("models",),
     ("cluster",),

@@ -28,6 +28,7 @@ from tnc.errors import TNCError
 from tnc.experts import unfuse_experts
 from tnc.foreign import load_base
 from tnc.formats import IntFormat, NumberFormat, TableFormat, number_format
+from tnc.forms import compare_forms
 from tnc.metric import Metric
 from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
@@ -84,6 +85,7 @@ __all__ = [
     "TableFormat",
     "balanced_modes",
     "calibrate",
+    "compare_forms",
     "compensate",
     "compress",
     "decompose",

@@ -40,6 +40,33 @@ def call(*arguments, code=0):
     return result
 
 
+def test_forms_of_a_layer(folder):
+    arguments = ("forms", folder / "dense", "--layer", "*0.mlp.up_proj", "--calib", folder / "calib.txt",
+                 "--sequences", 8, "--tokens", 2)  # fmt: skip
+    shown = call(*arguments).stdout
+    assert "truncated SVD" in shown and "smallest predicted nats" in shown and "not measured" in shown
+    found = json.loads(call(*arguments, "--json").stdout)
+    assert (found["layer"], found["shape"]) == ("model.layers.0.mlp.up_proj", [64, 32])
+    assert "matches 2 layers; pick one" in call(*arguments[:3], "*.mlp.up_proj", code=2).stderr
+
+
+def test_draw_a_dense_and_a_factored_layer(folder, compressed):
+    pytest.importorskip("matplotlib")
+    picture = folder / "layer.png"
+    call("draw", folder / "dense", "--layer", "*0.mlp.up_proj", "--recipe", "svd", "--rank", 3, "--out", picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    found = json.loads(
+        call("draw", compressed, "--layer", "model.layers.0.mlp.up_proj", "--out", picture, "--json").stdout
+    )
+    assert [panel["kind"] for panel in found["panels"]] == ["quantized", "low_rank"]
+    assert len(found["panels"][1]["bonds"][0]["values"]) == 4
+    assert "is not factored" in call("draw", folder / "dense", "--layer", "x", "--out", picture, code=2).stderr
+    shown = call(
+        "draw", folder / "dense", "--layer", "*.up_proj", "--recipe", "svd", "--rank", 3, "--out", picture, code=2
+    )
+    assert "matches 2 layers; pick one" in shown.stderr
+
+
 @pytest.fixture(scope="module")
 def compressed(folder):
     call("compress", folder / "dense", "--recipe", "eora", "--bits", 3, "--group-size", 16, "--rank", 4,

@@ -1,4 +1,4 @@
-"""The command line: ``tnc demo | compress | eval | inspect | recipes``."""
+"""The command line: ``tnc demo | compress | eval | inspect | forms | draw | recipes``."""
 
 from tnc.cli.app import app
 

@@ -13,7 +13,9 @@ import typer
 from tnc.cli import console
 from tnc.cli.compress import CompressOptions, run_compress
 from tnc.cli.demo import run_demo
+from tnc.cli.draw import DrawOptions, run_draw
 from tnc.cli.evaluate import run_evaluate
+from tnc.cli.forms import FormsOptions, run_forms
 from tnc.cli.inspect import run_inspect
 from tnc.decompose import RECIPES
 from tnc.errors import TNCError
@@ -119,6 +121,53 @@ def inspect(
 ) -> None:
     """What a checkpoint holds: recipe, sizes and every layer's certificate."""
     run_inspect(folder, as_json=as_json)
+
+
+@app.command()
+@_friendly
+def forms(
+    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
+    layer: Annotated[str, typer.Option(help="Name or pattern of one layer.")],
+    bits: Annotated[float, typer.Option(help="Stored bits per weight that every form may spend.")] = 8.0,
+    calib: Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Statistics file, instead of --calib.")] = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    tokens: Annotated[list[int] | None, typer.Option(help="Rows of x to predict costs for; may be repeated.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine for the predicted times.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sampled windows and labels.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare every form of one layer at equal storage bits."""
+    run_forms(
+        FormsOptions(
+            model=model, layer=layer, bits=bits, calib=calib, stats=stats, sequences=sequences,
+            tokens=tokens or [1, 16, 256], measure=measure, seed=seed, device=device,
+        ),
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+@_friendly
+def draw(
+    model: Annotated[str, typer.Argument(help="tnc checkpoint, or a dense model folder (or 'demo') with --recipe.")],
+    layer: Annotated[str, typer.Option(help="Name of one layer.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: .png, .pdf or .svg.")],
+    recipe: Annotated[str | None, typer.Option(help="Of a dense layer: a name from `tnc recipes`.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank or bond dimension.")] = None,
+    bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Statistics file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw one layer as a tensor network, with the decay of every bond."""
+    run_draw(
+        DrawOptions(model=model, layer=layer, out=out, recipe=recipe, bits=bits, group_size=group_size, rank=rank,
+                    bpw=bpw, stats=stats),
+        as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()

@@ -128,6 +128,11 @@ def _total(tensors: list[Tensor]) -> Tensor:
     return total
 
 
+def plan(operator: Expression, tokens: int) -> Plan:
+    """What the kernel would run for an operator and ``tokens`` rows of ``x``; tensors may be on ``meta``."""
+    return _plan(operator, "", tokens)
+
+
 def _plan(expression: Expression, prefix: str, tokens: int) -> Plan:
     """The cheapest plan for ``tokens`` rows of ``x``."""
     if isinstance(expression, Sum):

@@ -56,6 +56,30 @@ def _mpo(cores: Tensors, shape: tuple[int, int]) -> Form:
     return Form(tuple(operands), out, into)
 
 
+def _tensor_ring(cores: Tensors) -> Form:
+    """A closed chain of cores; one core is a trace, and rebuilt."""
+    d = len(cores)
+    if d == 1 or 3 * d > len(_LABELS):
+        return _MATRIX
+    bonds, out, into = _LABELS[:d], _LABELS[d : 2 * d], _LABELS[2 * d : 3 * d]
+    operands = ((name, bonds[k] + out[k] + into[k] + bonds[(k + 1) % d]) for k, name in enumerate(cores))
+    return Form(tuple(operands), out, into)
+
+
+def _tucker(count: int) -> Form:
+    """A core with a factor on each of ``count`` legs."""
+    modes, ranks = _LABELS[:count], _LABELS[count : 2 * count]
+    factors = ((f"factor{k}", modes[k] + ranks[k]) for k in range(count))
+    return Form((("core", ranks), *factors), modes[: count // 2], modes[count // 2 :])
+
+
+def _cp(count: int) -> Form:
+    """``count`` factors that share one leg."""
+    modes, rank = _LABELS[:count], _LABELS[count]
+    operands = tuple((f"factor{k}", modes[k] + rank) for k in range(count))
+    return Form(operands, modes[: count // 2], modes[count // 2 :])
+
+
 # How each kind is contracted without rebuilding its matrix. A kind that is not here is rebuilt on every call.
 _FORMS: dict[str, Callable[[Expression], Form]] = {
     "dense": lambda leaf: Form((("matrix", "ab"),), out="a", into="b"),
@@ -65,6 +89,9 @@ _FORMS: dict[str, Callable[[Expression], Form]] = {
     "block_low_rank": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="jl", into="ki"),
     "monarch": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="lj", into="ki"),
     "blast": lambda leaf: Form((("left", "alr"), ("coupling", "abr"), ("right", "brc")), out="al", into="bc"),
+    "tensor_ring": lambda leaf: _tensor_ring(leaf.tensors()),
+    "tucker": lambda leaf: _tucker(len(leaf.tensors()) - 1),
+    "cp": lambda leaf: _cp(len(leaf.tensors())),
 }
 
 
@@ -255,13 +282,14 @@ def _steps(
 
 
 def _step(taken: list[str], result: str, piece: Piece) -> Multiply | Contract:
-    """A multiplication if ``x`` meets one weight and they share contracted legs only, else an einsum."""
+    """A multiplication if ``x`` meets one weight, shared legs are contracted and all others stay, else an einsum."""
     first, weight = taken[0], taken[-1]
     shared = [label for label in weight if label in first]
     new = "".join(label for label in weight if label not in first)
-    if _TOKENS not in first or len(taken) != 2 or not shared or not new or any(label in result for label in shared):
-        return Contract(f"{','.join(taken)}->{result}")
     kept = [label for label in first if label not in shared]
+    ends = any(label in result for label in shared) or any(label not in result for label in [*new, *kept])
+    if _TOKENS not in first or len(taken) != 2 or not shared or not new or ends:
+        return Contract(f"{','.join(taken)}->{result}")
     return Multiply(
         tuple(first.index(label) for label in [*kept, *shared]),
         tuple(weight.index(label) for label in [*new, *shared]),

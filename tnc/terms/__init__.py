@@ -4,6 +4,7 @@ from tnc.terms.base import Expression, Spec, cast, dense64, from_spec, kinds, ma
 from tnc.terms.blast import Blast
 from tnc.terms.block_low_rank import BlockLowRank
 from tnc.terms.combine import Product, Sum
+from tnc.terms.cp import Cp
 from tnc.terms.dense import Dense
 from tnc.terms.diagonal import Diagonal
 from tnc.terms.hadamard import Hadamard
@@ -13,8 +14,11 @@ from tnc.terms.mpo import Mpo
 from tnc.terms.permutation import Permutation
 from tnc.terms.quantized import Quantized
 from tnc.terms.sparse import Sparse
+from tnc.terms.tensor_ring import TensorRing
+from tnc.terms.tucker import Tucker
 
 __all__ = [
-    "Blast", "BlockLowRank", "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Monarch", "Mpo", "Permutation",
-    "Product", "Quantized", "Sparse", "Spec", "Sum", "cast", "dense64", "from_spec", "kinds", "map_tensors", "register",
+    "Blast", "BlockLowRank", "Cp", "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Monarch", "Mpo",
+    "Permutation", "Product", "Quantized", "Sparse", "Spec", "Sum", "TensorRing", "Tucker", "cast", "dense64",
+    "from_spec", "kinds", "map_tensors", "register",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from tnc.networks import balanced_modes
 from tnc.terms import (
     Blast,
     BlockLowRank,
+    Cp,
     Dense,
     Diagonal,
     Expression,
@@ -30,6 +31,8 @@ from tnc.terms import (
     Quantized,
     Sparse,
     Sum,
+    TensorRing,
+    Tucker,
 )
 from tnc.testing.strategies import SEEDS, formats, shapes
 
@@ -162,6 +165,34 @@ def _blast(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     return Blast(*(_gaussian(draw, size) for size in sizes))
 
 
+def _legs(draw: st.DrawFn, size: int, count: int) -> tuple[int, ...]:
+    """A factorization of ``size`` into ``count`` modes, in any order."""
+    first = draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0])) if count > 1 else size
+    return (first, *_legs(draw, size // first, count - 1)) if count > 1 else (first,)
+
+
+def _tensor_ring(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    d = draw(st.integers(1, 3))
+    outs, ins = _legs(draw, shape[0], d), _legs(draw, shape[1], d)
+    ranks = [draw(st.integers(0, 3)) for _ in range(d)]
+    sizes = zip(ranks, outs, ins, [*ranks[1:], ranks[0]], strict=True)
+    return TensorRing(tuple(_gaussian(draw, size) for size in sizes))
+
+
+def _tucker(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    d = draw(st.integers(1, 2))
+    modes = (*_legs(draw, shape[0], d), *_legs(draw, shape[1], d))
+    ranks = tuple(draw(st.integers(0, 3)) for _ in modes)
+    factors = tuple(_gaussian(draw, pair) for pair in zip(modes, ranks, strict=True))
+    return Tucker(_gaussian(draw, ranks), factors)
+
+
+def _cp(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    d, rank = draw(st.integers(1, 2)), draw(st.integers(0, 4))
+    modes = (*_legs(draw, shape[0], d), *_legs(draw, shape[1], d))
+    return Cp(tuple(_gaussian(draw, (mode, rank)) for mode in modes))
+
+
 def _gaussian(draw: st.DrawFn, shape: tuple[int, ...]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(SEEDS))
     return torch.randn(shape, generator=generator).to(draw(st.sampled_from(_DTYPES)))
@@ -179,5 +210,8 @@ _LEAVES: dict[str, Leaf] = {
     "block_low_rank": _block_low_rank,
     "monarch": partial(_block_low_rank, cls=Monarch),
     "blast": _blast,
+    "tensor_ring": _tensor_ring,
+    "tucker": _tucker,
+    "cp": _cp,
 }
 _SQUARE = {"diagonal", "hadamard", "permutation"}
