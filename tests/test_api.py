@@ -10,10 +10,11 @@ PUBLIC = {
     "RECIPES", "BitsPerWeight", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact", "Expression",
     "FactoredLinear", "Hadamard", "InputPermutation", "InputRotation", "IntFormat", "LayerReport", "LayerStats",
     "LowRank", "LowRankStage", "Metric", "ModelReport", "Moments", "Mpo", "NumberFormat", "OutputPermutation",
-    "OutputRotation", "Permutation", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe", "RelativeError", "Subspace", "Sum",
-    "TNCError", "TableFormat", "balanced_modes", "calibrate", "compensate", "compress", "decompose", "evaluate", "gptq",
-    "load_base", "load_checkpoint", "load_stats", "number_format", "pooled_ranks", "recipe", "round_mpo", "rtn", "save_checkpoint",
-    "save_stats", "spectrum", "truncated_svd", "tt_svd", "unfuse_experts",
+    "OutputRotation", "Permutation", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe", "RelativeError",
+    "Subspace", "Sum", "TNCError", "TableFormat", "balanced_modes", "calibrate", "compensate", "compress", "decompose",
+    "evaluate", "gptq", "load_base", "load_checkpoint", "load_stats", "number_format", "pooled_ranks", "recipe",
+    "rotate_model", "round_mpo", "rtn", "save_checkpoint", "save_stats", "spectrum", "truncated_svd", "tt_svd",
+    "unfuse_experts",
 }  # fmt: skip
 
 
