@@ -13,8 +13,8 @@ PUBLIC = {
     "OutputPermutation", "OutputRotation", "Permutation", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe",
     "RelativeError", "Subspace", "Sum", "TNCError", "TableFormat", "balanced_modes", "calibrate", "compare_forms",
     "compensate", "compress", "decompose", "evaluate", "gptq", "load_base", "load_checkpoint", "load_stats",
-    "number_format", "pooled_ranks", "recipe", "round_mpo", "rtn", "save_checkpoint", "save_stats", "spectrum",
-    "truncated_svd", "tt_svd", "unfuse_experts",
+    "number_format", "pooled_ranks", "recipe", "rotate_model", "round_mpo", "rtn", "save_checkpoint", "save_stats",
+    "spectrum", "truncated_svd", "tt_svd", "unfuse_experts",
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
 from tnc.models.evaluate import Evaluation, evaluate
 from tnc.models.report import ModelReport
+from tnc.models.rotate import rotate_model
 from tnc.modules import FactoredLinear
 from tnc.networks import balanced_modes, round_mpo, tt_svd
 from tnc.planning import pooled_ranks
@@ -97,6 +98,7 @@ __all__ = [
     "number_format",
     "pooled_ranks",
     "recipe",
+    "rotate_model",
     "round_mpo",
     "rtn",
     "save_checkpoint",
