@@ -3,6 +3,7 @@
 from tnc.decompose import catalogue  # noqa: F401  registers the recipes
 from tnc.decompose.engine import Decomposition, decompose
 from tnc.decompose.factors import FactorFormats, quantize_factors
+from tnc.decompose.gate import Gate
 from tnc.decompose.low_rank import compensate, truncated_svd
 from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe
 from tnc.decompose.report import LayerReport, measure
@@ -26,6 +27,7 @@ __all__ = [
     "DenseStage",
     "FactorFormats",
     "Fitted",
+    "Gate",
     "GivenStage",
     "InputPermutation",
     "InputRotation",
