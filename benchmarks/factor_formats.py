@@ -53,11 +53,11 @@ def main() -> None:
     parser.add_argument("--stats", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--blocks", type=int, help="only the first ones")
+    parser.add_argument("--include", nargs="+", help="glob patterns of layer names; all by default")
     parser.add_argument("--out", type=Path, default=Path("results/factor_formats.json"))
     arguments = parser.parse_args()
     stats = load_stats(arguments.stats)
-    layers = {name: layer for name, layer in select_layers(load_model(arguments.model)).items() if name in stats}
+    layers = select_layers(load_model(arguments.model), arguments.include)
     rows = [
         {"layer": name, **row}
         for name, layer in layers.items()

@@ -59,6 +59,40 @@ class Metric:
         return cls(stats.hessian.double())
 
     @classmethod
+    def salient(cls, stats: LayerStats, *, channels: int) -> Metric:
+        """``H`` of the ``channels`` inputs of largest ``H_jj`` alone, zero elsewhere; G where there is one.
+
+        Source: the initialisation of ODLRI (arXiv:2506.02077): the low-rank term takes up what outliers multiply.
+
+        Raises:
+            StatsError: for fewer than one channel.
+        """
+        if channels < 1:
+            raise StatsError(f"Metric.salient(channels={channels}) sees no input; expected at least 1 channel.")
+        hessian = stats.hessian.double()
+        mask = torch.zeros(len(hessian), dtype=torch.float64, device=hessian.device)
+        mask[torch.argsort(hessian.diagonal(), descending=True, stable=True)[:channels]] = 1
+        gradient = None if stats.gradient is None else stats.gradient.second.double()
+        return cls(hessian * mask * mask.unsqueeze(1), gradient)
+
+    @classmethod
+    def shrunk(cls, stats: LayerStats, rho: float) -> Metric:
+        """``(1 - rho) H + rho diag(H)``, with G where there is one: less trust in correlations of few tokens.
+
+        At 0 it is `auto`, at 1 diagonal in H.
+
+        Raises:
+            StatsError: for ``rho`` outside [0, 1].
+        """
+        if not 0 <= rho <= 1:
+            raise StatsError(f"Metric.shrunk(rho={rho}) is outside [0, 1]; 0 keeps H, 1 keeps its diagonal only.")
+        hessian = stats.hessian.double()
+        side = hessian.diagonal().clone() if rho == 1 else (1 - rho) * hessian
+        if rho < 1:
+            side.diagonal().add_(rho * hessian.diagonal())
+        return cls(side, None if stats.gradient is None else stats.gradient.second.double())
+
+    @classmethod
     def fisher(cls, stats: LayerStats) -> Metric:
         """``G ⊗ H``: twice the predicted loss increase in nats.
 

@@ -19,7 +19,7 @@ from tnc.decompose import (
 )  # fmt: skip
 from tnc.decompose.factors import refit_right, spread
 from tnc.errors import BudgetError, FormatError, RankError, RecipeError
-from tnc.formats import IntFormat
+from tnc.formats import IntFormat, number_format
 from tnc.metric import Metric
 from tnc.quant import QUANTIZERS, QuantizerEntry, QuantizerResult, gptq, rtn
 from tnc.stats import LayerStats
@@ -253,6 +253,16 @@ def test_the_quantizer_is_given_the_moments_of_both_sides(monkeypatch):
     torch.testing.assert_close(inner.gradient.second, spread_left.T @ problem.G @ spread_left)
     with pytest.raises(RecipeError, match=r"method='magic' is unknown"):
         LowRankStage(3, factor_format=IntFormat(8), factor_method="magic")
+
+
+@pytest.mark.parametrize("name", ["int6", "nf4", "nvfp4", "fp8_e4m3", "fp8_e4m3_tensor", "fp8_e4m3_block"])
+def test_factors_in_other_formats(name):
+    problem = well_conditioned(32, 64, 0, fisher=True)
+    format = number_format(name)
+    result = decompose(problem.weight, [LowRankStage(8, factor_format=format)], problem.stats())
+    floats = decompose(problem.weight, [LowRankStage(8)], problem.stats()).report
+    assert result.operator.storage_bits == FactorFormats.of(format).stored_bits((32, 64), 8)
+    assert floats.predicted_nats <= result.report.predicted_nats < 1.1 * floats.predicted_nats
 
 
 def test_rank_zero_stores_nothing():

@@ -104,6 +104,15 @@ def test_a_format_stands_in_for_bits():
     assert recipe("gptq", format="nf4", group_size=64).describe() == "gptq(group_size=64, format=nf4)"
 
 
+def test_factors_of_recipes_by_width_or_format():
+    built = recipe("eora", bits=3, group_size=8, rank=4, factor_bits=4)
+    assert built.stages[1].factor_format == IntFormat(4, group_size=8)
+    assert recipe("caldera", bits=3, rank=4, factor_format="fp8_e4m3").stages[0].factor_format.table == "e4m3"
+    assert recipe("qera", bits=3, rank=4, factor_format=IntFormat(8)).stages[1].factor_format == IntFormat(8)
+    with pytest.raises(RecipeError, match=r"factor_format='nf4' already says factor_bits; leave out one of them"):
+        recipe("eora", bits=3, rank=4, factor_bits=4, factor_format="nf4")
+
+
 def test_pooled_carries_the_budget_of_the_model():
     assert recipe("svd_pooled", rank=BitsPerWeight(4)).pooled == BitsPerWeight(4)
     assert recipe("svd", rank=BitsPerWeight(4)).pooled is None
@@ -117,7 +126,8 @@ def test_errors_of_the_registry():
     with pytest.raises(RecipeError, match=r"'svd' takes rank; it does not take bits, group_size. Leave those out."):
         recipe("svd", rank=3, bits=4, group_size=8)
     with pytest.raises(
-        RecipeError, match=r"'eora' takes bits, group_size, symmetric, format, rank; Missing: bits, rank."
+        RecipeError,
+        match=r"'eora' takes bits, group_size, symmetric, format, rank, factor_bits, factor_format; Missing: bits, r",
     ):
         recipe("eora")
     with pytest.raises(RecipeError, match=r"it does not take bits. Missing: rank\."):

@@ -3,6 +3,7 @@
 from tnc.decompose import catalogue  # noqa: F401  registers the recipes
 from tnc.decompose.engine import Decomposition, decompose
 from tnc.decompose.factors import FactorFormats, quantize_factors
+from tnc.decompose.gate import Gate
 from tnc.decompose.low_rank import compensate, truncated_svd
 from tnc.decompose.mpo_stage import MpoStage
 from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe
@@ -20,8 +21,8 @@ from tnc.decompose.transforms import (
 )
 
 __all__ = [
-    "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "FactorFormats", "Fitted", "GivenStage",
-    "InputPermutation", "InputRotation", "LayerReport", "LowRankStage", "MpoStage", "OutputPermutation",
+    "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "FactorFormats", "Fitted", "Gate",
+    "GivenStage", "InputPermutation", "InputRotation", "LayerReport", "LowRankStage", "MpoStage", "OutputPermutation",
     "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry", "RelativeError", "Size", "Smoothing", "Stage",
     "Target", "Transform", "Transformed", "compensate", "decompose", "measure", "quantize_factors", "recipe",
     "register_recipe", "truncated_svd",

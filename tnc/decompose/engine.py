@@ -1,4 +1,4 @@
-"""The engine: block-coordinate descent over stages, best sweep kept.
+"""The engine: block-coordinate descent over stages, best iterate kept.
 
 ``term_k <- stage_k.fit(W - sum of the other terms)`` for each stage in turn, for a number of sweeps. LoftQ
 (arXiv:2310.08659) and CALDERA (arXiv:2405.18886) are two stages and several sweeps.
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from tnc.decompose.report import LayerReport, measure
-from tnc.decompose.stages import Fitted, Stage, Target
+from tnc.decompose.stages import Fitted, QuantizeStage, Stage, Target
 from tnc.decompose.transforms import Transform, Transformed, apply_transforms
 from tnc.errors import RecipeError, check_matrix
 from tnc.metric import Metric
 from tnc.stats import LayerStats
 from tnc.terms import Expression, Sum, dense64
+
+# Relative fall of the error below which another sweep is not worth its time.
+_LEAST_GAIN = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +43,9 @@ def decompose(
         weight: (out_features, in_features), any float dtype; not changed, not aliased.
         stages: at least one; fitted in this order.
         stats: calibration statistics of the layer; without them errors are in the Frobenius norm.
-        sweeps: rounds over the stages; the round with the smallest error in ``G ⊗ H`` (``H`` without
-            gradients) as stored is kept.
+        sweeps: rounds over the stages, at most: after a round that lowers the error by less than 0.01 % no other
+            follows. Of the terms after each fit, those of smallest error in ``G ⊗ H`` (``H`` without gradients)
+            as stored are kept.
         transforms: changes of basis, the first outermost; the stages see the inner problem only
             (`tnc.decompose.transforms`).
 
@@ -68,31 +72,46 @@ def decompose(
         fallbacks=inner.notes + tuple(note for f in fitted for note in f.fallbacks),
         guaranteed_error=fitted[-1].guaranteed_error,
         seconds=time.perf_counter() - start,
-        choices=inner.choices,
+        choices=inner.choices + tuple(choice for f in fitted for choice in f.choices),
     )  # fmt: skip
     return Decomposition(operator, report)
 
 
 def _descend(inner: Transformed, weight: Tensor, stages: Sequence[Stage], sweeps: int) -> list[Fitted]:
-    """The terms of the best sweep; ``weight`` is the inner weight in the dtype of the layer's."""
+    """The best iterate's terms; ``weight`` is the inner weight in the dtype of the layer's."""
     stats = inner.stats
     metric = Metric() if stats is None else Metric.auto(stats)
-    dense = inner.weight
     current: list[Fitted | None] = [None] * len(stages)
     values = [torch.zeros((), dtype=torch.float64)] * len(stages)  # each term as stored, densely
     best: tuple[float, list[Fitted]] | None = None
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
+        before = None if best is None else best[0]
         for k, stage in enumerate(stages):
-            others = [i for i in range(len(stages)) if i != k]
-            residual = dense - sum(values[i] for i in others)
-            spent = inner.storage_bits + sum(f.term.storage_bits for i in others if (f := current[i]) is not None)
-            current[k] = stage.fit(Target(residual, weight, stats, spent))
-            values[k] = dense64(current[k].term)  # type: ignore[union-attr]
-        complete = [f for f in current if f is not None]
+            residual = inner.weight - sum(values[i] for i in range(len(stages)) if i != k)
+            spent = inner.storage_bits + _bits_of_others(k, stages, current, (weight.shape[0], weight.shape[1]))
+            current[k] = found = stage.fit(Target(residual, weight, stats, spent, sweep))
+            values[k] = dense64(found.term)
+            complete = [f for f in current if f is not None]
+            if sweeps == 1 or len(complete) < len(stages):
+                continue
+            error = metric.norm(residual - values[k])
+            if best is None or error < best[0]:
+                best = (error, complete)
         if sweeps == 1:
             return complete
-        error = metric.norm(dense - sum(values))
-        if best is None or error < best[0]:
-            best = (error, complete)
-    assert best is not None
+        assert best is not None, "a sweep fits every stage"
+        if before is not None and best[0] > (1 - _LEAST_GAIN) * before:
+            break
+    assert best is not None, "sweeps is at least 1"
     return best[1]
+
+
+def _bits_of_others(k: int, stages: Sequence[Stage], current: Sequence[Fitted | None], shape: tuple[int, int]) -> int:
+    """Bits the other terms store; those of a quantized base are known before it is fitted."""
+    bits = 0
+    for i, (stage, fitted) in enumerate(zip(stages, current, strict=True)):
+        if i != k and fitted is not None:
+            bits += fitted.term.storage_bits
+        elif i != k and isinstance(stage, QuantizeStage):
+            bits += stage.stored_bits(shape)
+    return bits

@@ -68,7 +68,8 @@ def register_recipe(name: str, entry: RecipeEntry) -> None:
 def recipe(
     name: str, *, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None,
     format: NumberFormat | str | None = None, rank: Size | None = None, blocks: int | None = None,
-    cores: int | None = None,
+    cores: int | None = None, factor_bits: int | None = None, factor_format: NumberFormat | str | None = None,
+    sweeps: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Build a recipe of `RECIPES`.
 
@@ -83,6 +84,10 @@ def recipe(
             `Rank`, `RelativeError` or `BitsPerWeight`.
         blocks: of a structured term, on each side of the weight.
         cores: of a matrix product operator; default 2.
+        factor_bits: width of the low-rank factors, with ``group_size``; by default they are stored in the weight's
+            dtype.
+        factor_format: number format of the factors instead of ``factor_bits``, named or given as ``format`` is.
+        sweeps: rounds of alternation, at most.
 
     Raises:
         RecipeError: for an unknown name (lists the valid ones), an option the recipe does not take, or a missing one.
@@ -92,7 +97,7 @@ def recipe(
         raise RecipeError(f"unknown recipe {name!r}; expected one of {', '.join(RECIPES)}.")
     given = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format, "rank": rank,
-        "blocks": blocks, "cores": cores,
+        "blocks": blocks, "cores": cores, "factor_bits": factor_bits, "factor_format": factor_format, "sweeps": sweeps,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     foreign = [k for k in given if k not in entry.options]
@@ -120,6 +125,21 @@ def base_format(
         return format
     assert bits is not None, "recipe() asks for bits or a format"
     return IntFormat(bits, group_size, bool(symmetric))
+
+
+def factor_format_of(
+    *, factor_bits: int | None = None, factor_format: NumberFormat | str | None = None, group_size: int | None = None,
+) -> NumberFormat | None:  # fmt: skip
+    """The number format of low-rank factors that the options of `recipe` mean; ``None`` for float factors.
+
+    Raises:
+        RecipeError: for both ``factor_bits`` and ``factor_format``.
+    """
+    if factor_format is None:
+        return None if factor_bits is None else IntFormat(factor_bits, group_size)
+    if factor_bits is not None:
+        raise RecipeError(f"factor_format={factor_format!r} already says factor_bits; leave out one of them.")
+    return number_format(factor_format) if isinstance(factor_format, str) else factor_format
 
 
 def _check_format_alone(given: Mapping[str, Any]) -> None:

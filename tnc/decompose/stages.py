@@ -7,7 +7,7 @@ a thin call into ``tnc.quant`` or ``tnc.decompose.low_rank``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tnc.column_space import Solver
 from tnc.decompose.factors import FactorFormats
+from tnc.decompose.gate import Gate, describe, heldout_error
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.decompose.quantized_low_rank import fit_quantized_low_rank
 from tnc.decompose.sizes import Size
@@ -36,23 +37,29 @@ class Target:
         residual: (m, n) ``weight`` minus the other terms as stored, float64.
         weight: (m, n) the dense weight.
         stats: calibration statistics, or ``None``.
-        spent_bits: bits the other terms store.
+        spent_bits: bits the other terms store, or will.
+        sweep: how often all stages were fitted before.
     """
 
     residual: Tensor
     weight: Tensor
     stats: LayerStats | None
     spent_bits: int
+    sweep: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A fitted term, the damping used, every fallback taken, and the H-error theory promises for the sum so far."""
+    """A fitted term, the damping used, every fallback taken, and the H-error theory promises for the sum so far.
+
+    ``choices`` says what searches settled on.
+    """
 
     term: Expression
     damping: float | None = None
     fallbacks: tuple[str, ...] = ()
     guaranteed_error: float | None = None
+    choices: tuple[str, ...] = ()
 
 
 class Stage(Protocol):
@@ -97,6 +104,10 @@ class QuantizeStage:
         term = refine(target.residual, result.term, target.stats, sweeps=self.refine)
         return Fitted(term, result.damping, result.fallbacks)
 
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Bits the term will take for a weight of this shape."""
+        return self.format.stored_bits(shape)
+
 
 @dataclass(frozen=True)
 class LowRankStage:
@@ -105,29 +116,38 @@ class LowRankStage:
     Attributes:
         rank: an int, `Rank`, `RelativeError` or `BitsPerWeight` (the last counts the other terms).
         metric: the metric made of the statistics; without statistics it is the Frobenius norm, which is
-            reported as a fallback unless that is what `Metric.auto` or `Metric.identity` mean.
+            reported as a fallback unless that is what `Metric.auto` or `Metric.identity` mean. A `Gate` fits in
+            several and keeps the one of least error on held-out tokens.
         solver: `Exact` or `Subspace`; ``None`` chooses by size and rank.
         dtype: of the stored factors; ``None`` is the dtype of the weight.
         factor_format: number format of the stored factors (`tnc.decompose.factors`); one format stands for both,
             with one group a row in ``left``. ``None`` stores them in ``dtype``.
         factor_method: a name of `tnc.quant.QUANTIZERS` for the factors.
+        first: stage that takes this one's place in the first sweep, such as one of another rank or metric: what
+            alternation starts from decides more than the number of its sweeps. It stores factors as this one.
 
     Raises:
         RecipeError: for an unknown factor method.
     """
 
     rank: Size
-    metric: MetricOf = Metric.auto
+    metric: MetricOf | Gate = Metric.auto
     solver: Solver | None = None
     dtype: torch.dtype | None = None
     factor_format: NumberFormat | FactorFormats | None = None
     factor_method: str = "gptq"
+    first: LowRankStage | None = None
 
     def __post_init__(self) -> None:
         quantizer(self.factor_method)
 
     def fit(self, target: Target) -> Fitted:
         """Best low-rank term for the residual."""
+        if self.first is not None and target.sweep == 0:
+            storage = {name: getattr(self, name) for name in ("dtype", "factor_format", "factor_method")}
+            return replace(self.first, **storage).fit(target)
+        if isinstance(self.metric, Gate):
+            return self._fit_gated(target, self.metric)
         metric = Metric() if target.stats is None else self.metric(target.stats)
         replaced = target.stats is None and self.metric not in (Metric.auto, Metric.identity)
         notes = ("no statistics: low rank in the Frobenius norm",) if replaced else ()
@@ -143,6 +163,17 @@ class LowRankStage:
         tail = max(metric.squared_norm(target.residual) - found.captured, 0.0) ** 0.5
         guaranteed = tail / max(metric.norm(target.weight.double()), 1e-300)
         return Fitted(found.term, fallbacks=notes, guaranteed_error=guaranteed)
+
+    def _fit_gated(self, target: Target, gate: Gate) -> Fitted:
+        stats = target.stats
+        if stats is None or stats.heldout is None:
+            found = replace(self, metric=Metric.auto, first=None).fit(target)
+            return replace(found, fallbacks=("no held-out tokens to choose the metric by: all of H", *found.fallbacks))
+        fits = {
+            name: replace(self, metric=metric, first=None).fit(target) for name, metric in gate.candidates().items()
+        }
+        errors = {name: heldout_error(target.residual, target.weight, f.term, stats) for name, f in fits.items()}
+        return replace(fits[min(errors, key=lambda name: errors[name])], choices=(describe(errors),))
 
     def _fit_quantized(self, target: Target, metric: Metric, notes: tuple[str, ...], formats: FactorFormats) -> Fitted:
         found = fit_quantized_low_rank(

@@ -83,12 +83,12 @@ def _rotate_values(model: nn.Module, stream: Stream, seed: int) -> None:
     parameters = dict(model.named_parameters())
     for name, weight in parameters.items():
         if name.endswith("self_attn.v_proj.weight"):
-            heads = weight.double().unflatten(0, (-1, head)).mT  # (heads, d, head)
+            heads = weight.double().reshape(-1, head, weight.shape[1]).mT  # (heads, d, head)
             _assign(weight, rotation.linear(heads).mT.flatten(0, 1))
         elif name.endswith("self_attn.v_proj.bias"):
-            _assign(weight, rotation.linear(weight.double().unflatten(0, (-1, head))).flatten())
+            _assign(weight, rotation.linear(weight.double().reshape(-1, head)).flatten())
         elif name.endswith("self_attn.o_proj.weight"):
-            _assign(weight, rotation.linear(weight.double().unflatten(1, (-1, head))).flatten(1))
+            _assign(weight, rotation.linear(weight.double().reshape(len(weight), -1, head)).flatten(1))
 
 
 def _head_size(model: nn.Module, stream: Stream) -> int:
