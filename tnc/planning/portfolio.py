@@ -76,12 +76,14 @@ class Portfolio:
         factors: number format of the low-rank factors by name; ``None`` is the dtype of the model.
         rank_step: ranks are multiples of it.
         max_rank: no larger one is tried; ranks that store as much as the dense layer never are.
+        factor_ranks: the ranks tried with rounded factors, each of which is a fit of its own.
     """
 
     bases: Mapping[str, Base]
     factors: Mapping[str, NumberFormat | None] = field(default_factory=lambda: {PLAIN: None})
     rank_step: int = 8
     max_rank: int = 512
+    factor_ranks: tuple[int, ...] = (16, 32, 64)
 
     def __post_init__(self) -> None:
         if not self.bases or not self.factors or self.rank_step < 1 or self.max_rank < 0:
@@ -91,12 +93,16 @@ class Portfolio:
             )
 
     @classmethod
-    def default(cls, *, group_sizes: tuple[int | None, ...] = (64, None), method: str = "gptq") -> Portfolio:
-        """Dense, int8, int4, int3 and int2 bases, low rank on them and alone.
+    def default(
+        cls, *, group_sizes: tuple[int | None, ...] = (64, None), factor_bits: tuple[int, ...] = (16, 4),
+        method: str = "gptq",
+    ) -> Portfolio:  # fmt: skip
+        """Dense, int8, int4, int3 and int2 bases, low rank on them and alone, factors of 16 and 4 bits.
 
         Args:
             group_sizes: input columns that share a scale, each an own base; ``None`` is one group a row, which fits
                 every layer. A group size that does not divide a layer's width is left out for that layer.
+            factor_bits: 16 is the dtype of the model, others are integer formats with one group a row.
             method: of the integer bases, a name of `tnc.quant.QUANTIZERS`.
         """
         bases = {DENSE: Base(DenseStage(), compensated=False), NONE: Base(None)}
@@ -105,7 +111,8 @@ class Portfolio:
                 name = f"int{bits}-row" if group is None else f"int{bits}-g{group}"
                 stage = QuantizeStage(IntFormat(bits, group_size=group), method=method)
                 bases[name] = Base(stage, compensated=bits < 8)
-        return cls(bases)
+        factors = {str(b): None if b == int(PLAIN) else IntFormat(b) for b in factor_bits}
+        return cls(bases, factors)
 
     def stages(self, choice: Choice, dtype: torch.dtype | None = None) -> tuple[Stage, ...]:
         """The stages that make a choice.
@@ -123,7 +130,7 @@ class Portfolio:
             stage = replace(stage, dtype=dtype)
         stages: tuple[Stage, ...] = () if stage is None else (stage,)
         if choice.rank or not stages:
-            stages = (*stages, LowRankStage(choice.rank, dtype=dtype))
+            stages = (*stages, LowRankStage(choice.rank, dtype=dtype, factor_format=self.factors[choice.factors]))
         return stages
 
     def recipe(self, choice: Choice, dtype: torch.dtype | None = None) -> Recipe:
@@ -148,7 +155,7 @@ class Portfolio:
         return {
             "bases": {name: _base_to_json(name, base) for name, base in self.bases.items()},
             "factors": {name: _format_to_json(each) for name, each in self.factors.items()},
-            "rank_step": self.rank_step, "max_rank": self.max_rank,
+            "rank_step": self.rank_step, "max_rank": self.max_rank, "factor_ranks": list(self.factor_ranks),
         }  # fmt: skip
 
     @classmethod
@@ -160,7 +167,7 @@ class Portfolio:
         """
         bases = {name: _base_from_json(name, each) for name, each in fields["bases"].items()}
         factors = {name: _format_from_json(name, each) for name, each in fields["factors"].items()}
-        return cls(bases, factors, int(fields["rank_step"]), int(fields["max_rank"]))
+        return cls(bases, factors, int(fields["rank_step"]), int(fields["max_rank"]), tuple(fields["factor_ranks"]))
 
 
 _TRANSFORMS: dict[str, type[InputRotation] | type[OutputRotation]] = {
