@@ -33,11 +33,12 @@ from tnc.metric import Metric
 from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
 from tnc.models.evaluate import Evaluation, evaluate
+from tnc.models.planning import error_curves, plan
 from tnc.models.report import ModelReport
 from tnc.models.rotate import rotate_model
 from tnc.modules import FactoredLinear
 from tnc.networks import balanced_modes, round_mpo, tt_svd
-from tnc.planning import pooled_ranks
+from tnc.planning import Bytes, Latency, Nats, PerplexityIncrease, Plan, Portfolio, Speedup, parse_budget, pooled_ranks
 from tnc.quant import gptq, rtn
 from tnc.stats import LayerStats, Moments
 from tnc.stats_file import load_stats, save_stats
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RECIPES",
     "BitsPerWeight",
+    "Bytes",
     "Decomposition",
     "Dense",
     "DenseStage",
@@ -61,6 +63,7 @@ __all__ = [
     "InputPermutation",
     "InputRotation",
     "IntFormat",
+    "Latency",
     "LayerReport",
     "LayerStats",
     "LowRank",
@@ -70,16 +73,21 @@ __all__ = [
     "Moments",
     "Mpo",
     "MpoStage",
+    "Nats",
     "NumberFormat",
     "OutputPermutation",
     "OutputRotation",
     "Permutation",
+    "PerplexityIncrease",
+    "Plan",
+    "Portfolio",
     "Product",
     "QuantizeStage",
     "Quantized",
     "Rank",
     "Recipe",
     "RelativeError",
+    "Speedup",
     "Subspace",
     "Sum",
     "TNCError",
@@ -90,12 +98,15 @@ __all__ = [
     "compensate",
     "compress",
     "decompose",
+    "error_curves",
     "evaluate",
     "gptq",
     "load_base",
     "load_checkpoint",
     "load_stats",
     "number_format",
+    "parse_budget",
+    "plan",
     "pooled_ranks",
     "recipe",
     "rotate_model",

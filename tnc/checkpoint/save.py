@@ -77,6 +77,15 @@ def save_checkpoint(
     return Path(path)
 
 
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that `save_checkpoint` writes for a model, tied ones once.
+
+    Raises:
+        CheckpointError: for tensors on ``meta``, or state that is no tensor.
+    """
+    return _distinct(model)[0]
+
+
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict without repeated tensors, and each left-out key with the key that holds its tensor."""
     tensors: dict[str, Tensor] = {}

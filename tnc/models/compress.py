@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from glob import escape
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,30 @@ from tnc.terms import Expression, map_tensors
 Progress = Callable[[str, int, int], None]
 
 
+class Chooser(Protocol):
+    """What decides the recipe of each layer, block by block: a `Plan`, or something that plans on the way."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers it decides; others stay as they are."""
+
+    def describe(self) -> str:
+        """One line, for the report."""
+
+    def check_layers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise unless the model has the layers."""
+
+    def recipes_of(
+        self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats | None], dtype: torch.dtype | None
+    ) -> Mapping[str, Recipe]:
+        """Recipes of the layers whose statistics have just become known."""
+
+    def check_layer(self, name: str, report: Mapping[str, Any]) -> None:
+        """Raise if a finished layer breaks what was promised."""
+
+
 def compress(
-    model: nn.Module, recipe: Recipe, batches: Iterable[Batch] | None = None, *,
+    model: nn.Module, recipe: Recipe | Chooser, batches: Iterable[Batch] | None = None, *,
     stats: Mapping[str, LayerStats] | None = None, fisher: bool = True, heldout_share: float = 0.1,
     sequential: bool = False, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None,
     dtype: torch.dtype | None = None, seed: int = 0, backend: str = "auto", inplace: bool = False,
@@ -40,7 +63,7 @@ def compress(
     Args:
         model: a Hugging Face causal LM, or any module with ``nn.Linear`` or ``Conv1D`` layers. Fused experts stay
             dense unless `tnc.unfuse_experts` made layers of them.
-        recipe: from `tnc.recipe`, or your own `Recipe`.
+        recipe: from `tnc.recipe`, your own `Recipe`, or a `tnc.Plan`, which names the layers itself.
         batches: token ids (B, T), or dicts with ``input_ids`` and ``attention_mask``. Without batches and
             statistics only data-free recipes run (``svd``, ``rtn``, ``lorc``).
         stats: statistics from `calibrate`, used instead of ``batches``.
@@ -68,7 +91,8 @@ def compress(
 
     Memory: with batches, activations and statistics of one block at a time (all layers' for pooled recipes).
     """
-    if sequential and (stats is not None or recipe.pooled is not None):
+    pooled = isinstance(recipe, Recipe) and recipe.pooled is not None
+    if sequential and (stats is not None or pooled):
         raise StatsError(
             "sequential=True calibrates each block behind the compressed ones, so it takes batches and a recipe "
             "that is not pooled; leave out stats, or sequential."
@@ -78,20 +102,26 @@ def compress(
     if bases is not None:
         include, exclude = _with_base(layers, bases), None
         layers = {name: layers[name] for name in include}
+    if not isinstance(recipe, Recipe):
+        recipe.check_layers({name: tuple(weight_of(layer).shape) for name, layer in layers.items()})
+        layers = {name: layers[name] for name in recipe.names}
+        include, exclude = [escape(name) for name in layers], None
     options: dict[str, Any] = {
         "fisher": fisher, "heldout_share": heldout_share, "include": include, "exclude": exclude, "seed": seed,
         "progress": progress,
     }  # fmt: skip
-    if recipe.pooled is not None and stats is None:
+    if pooled and stats is None:
         stats = calibrate(target, batches or (), **options)
-    plan = None if recipe.pooled is None else _pool(recipe, layers, stats or {}, dtype)
+    chooser = _Uniform(recipe, layers, stats, dtype) if isinstance(recipe, Recipe) else recipe
     groups = _groups(target, layers, batches, stats, {**options, "sequential": sequential})
     done = 0
     for group in groups:
+        weights = {name: weight_of(layers[name]).detach() for name in group}
+        recipes = chooser.recipes_of(weights, group, dtype)
         for name, layer_stats in group.items():
-            asked = recipe if bases is None else _on_base(recipe, bases[name])
-            each = _staged(asked, dtype) if plan is None else _planned(asked, plan[name], dtype)
-            found = _finished(weight_of(layers[name]).detach(), each, layer_stats, dtype, journal)
+            asked = recipes[name] if bases is None else _on_base(recipes[name], bases[name])
+            found = _finished(weights[name], asked, layer_stats, dtype, journal)
+            chooser.check_layer(name, found.report)
             _swap(target, name, layers[name], found, backend)
             done += 1
             if progress is not None:
@@ -112,6 +142,33 @@ def _with_base(layers: Mapping[str, nn.Module], bases: Mapping[str, Expression])
 
 def _on_base(recipe: Recipe, base: Expression) -> Recipe:
     return replace(recipe, stages=(GivenStage(base), *recipe.stages))
+
+
+class _Uniform:
+    """A recipe for every layer; a pooled one with a rank for each."""
+
+    def __init__(
+        self, recipe: Recipe, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats] | None,
+        dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self._recipe, self.names = recipe, tuple(layers)
+        self._ranks = None if recipe.pooled is None else _pool(recipe, layers, stats or {}, dtype)
+
+    def describe(self) -> str:
+        return self._recipe.describe()
+
+    def check_layers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Every layer will do."""
+
+    def recipes_of(
+        self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats | None], dtype: torch.dtype | None
+    ) -> dict[str, Recipe]:
+        if self._ranks is None:
+            return dict.fromkeys(weights, _staged(self._recipe, dtype))
+        return {name: _planned(self._recipe, self._ranks[name], dtype) for name in weights}
+
+    def check_layer(self, name: str, report: Mapping[str, Any]) -> None:
+        """Nothing was promised."""
 
 
 def _groups(

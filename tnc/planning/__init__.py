@@ -1,5 +1,28 @@
-"""Planning: choosing sizes for a whole model under one budget."""
+"""Planning: choosing every size of a whole model under one budget, with a certificate."""
 
+from tnc.planning.budget import (
+    Budget,
+    Bytes,
+    Latency,
+    Nats,
+    PerplexityIncrease,
+    Speedup,
+    describe_budget,
+    parse_budget,
+)
+from tnc.planning.constraints import SERVED_RANKS, AllowedBases, AllowedRanks, Constraint, KeepDense, LargestError
+from tnc.planning.curve_table import CurveTable
+from tnc.planning.curves import ErrorCurve, LayerCurves, Option, measure_curves
+from tnc.planning.latency import LatencyTable, Timing
+from tnc.planning.plan import LayerPlan, Plan, edit, shortfalls
 from tnc.planning.pooled import PooledLayer, PooledPlan, pooled_ranks
+from tnc.planning.portfolio import Base, Choice, Portfolio
+from tnc.planning.solve import Clock, Problem, Rules, plan_curves
 
-__all__ = ["PooledLayer", "PooledPlan", "pooled_ranks"]
+__all__ = [
+    "SERVED_RANKS", "AllowedBases", "AllowedRanks", "Base", "Budget", "Bytes", "Choice", "Clock", "Constraint",
+    "CurveTable", "ErrorCurve", "KeepDense", "LargestError", "Latency", "LatencyTable", "LayerCurves", "LayerPlan",
+    "Nats", "Option", "PerplexityIncrease", "Plan", "PooledLayer", "PooledPlan", "Portfolio", "Problem", "Rules",
+    "Speedup", "Timing", "describe_budget", "edit", "measure_curves", "parse_budget", "plan_curves", "pooled_ranks",
+    "shortfalls",
+]  # fmt: skip

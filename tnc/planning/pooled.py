@@ -4,21 +4,22 @@ In ``G ⊗ H`` the squared singular values of all layers are in one unit, so a m
 the components with the largest ``½σ²`` per bit (MATH.md section 0). A layer whose rank would reach the
 break-even ``m n / (m + n)`` is better stored densely: each layer's options are therefore the lower convex
 hull of (bits, remaining nats) over its ranks *and* the dense point, and hull segments of all layers are
-taken in order of slope. That is the Lagrangian optimum of the multiple-choice knapsack. What is left of the
-budget where no segment fits buys the ranks between hull vertices.
+taken in order of slope (`tnc.planning.allocate`). What is left of the budget where no segment fits buys the ranks
+between hull vertices.
 """
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tnc.errors import BudgetError
+from tnc.planning.allocate import Menu, allocate
+from tnc.planning.budget import bits_within
 
 DENSE = None  # the choice of leaving a layer dense, in place of a rank
 
@@ -69,29 +70,14 @@ def pooled_ranks(layers: Mapping[str, PooledLayer], bits_per_weight: float) -> P
     """
     if not layers or not bits_per_weight > 0:
         raise BudgetError(f"pooled_ranks needs layers and a positive budget; got {len(layers)} and {bits_per_weight}.")
+    points = [_points(layer) for layer in layers.values()]
+    flat = [point for choices in points for point in choices]
+    first = np.concatenate([[0], np.cumsum([len(choices) for choices in points])])
+    menu = Menu(first, np.array([p.nats for p in flat]), np.array([p.bits for p in flat], dtype=np.float64))
     elements = sum(l.shape[0] * l.shape[1] for l in layers.values())
-    points = {name: _points(layer) for name, layer in layers.items()}
-    hulls = {name: _hull(choices) for name, choices in points.items()}
-    position = dict.fromkeys(layers, 0)
-    queue = [(-_slope(hull, 0), name) for name, hull in hulls.items() if len(hull) > 1]
-    heapq.heapify(queue)
-    spent, bound = 0, None
-    while queue:
-        slope, name = heapq.heappop(queue)
-        hull, at = hulls[name], position[name]
-        step = hull[at + 1].bits - hull[at].bits
-        if (spent + step) / elements > bits_per_weight:  # in the unit of the budget: no rounding of its product
-            left = sum(h[position[k]].nats for k, h in hulls.items())
-            bound = left + slope * (bits_per_weight * elements - spent) if bound is None else bound  # slope < 0
-            continue  # a cheaper segment of another layer may still fit
-        position[name], spent = at + 1, spent + step
-        if at + 2 < len(hull):
-            heapq.heappush(queue, (-_slope(hull, at + 1), name))
-    chosen = {name: hulls[name][at] for name, at in position.items()}
-    chosen = _spend_rest(chosen, points, spent, lambda bits: bits / elements <= bits_per_weight)
-    nats = sum(p.nats for p in chosen.values())
-    lower = nats if bound is None else min(bound, nats)
-    return PooledPlan({k: p.rank for k, p in chosen.items()}, sum(p.bits for p in chosen.values()), nats, lower)
+    found = allocate(menu, bits_within(bits_per_weight, elements))
+    ranks = {name: flat[at].rank for name, at in zip(layers, found.chosen, strict=True)}
+    return PooledPlan(ranks, int(found.usage), found.cost, found.lower_bound)
 
 
 @dataclass(frozen=True)
@@ -110,50 +96,3 @@ def _points(layer: PooledLayer) -> list[_Point]:
     dense = rows * columns * layer.dense_bits
     ranks = [_Point(k * per_rank, tails[k], k) for k in range(len(tails)) if k * per_rank < dense]
     return [*ranks, _Point(dense, 0.0, DENSE)]
-
-
-def _hull(points: list[_Point]) -> list[_Point]:
-    """Lower convex hull of (bits, remaining nats), by increasing bits."""
-    hull: list[_Point] = []
-    for point in points:
-        while len(hull) > 1 and _between(hull[-2], hull[-1]) < _between(hull[-1], point):
-            hull.pop()
-        if not hull or point.nats < hull[-1].nats:
-            hull.append(point)
-    return hull
-
-
-def _spend_rest(
-    chosen: dict[str, _Point], points: Mapping[str, list[_Point]], spent: int, fits: Callable[[int], bool]
-) -> dict[str, _Point]:
-    """Replace one layer's choice at a time, by the largest saving that fits, until nothing does."""
-    chosen = dict(chosen)
-    while True:
-        best: tuple[float, str, _Point] | None = None
-        for name, now in chosen.items():
-            others = spent - now.bits
-            point = _last_that_fits(points[name], lambda bits, others=others: fits(others + bits))  # type: ignore[misc]
-            if point.nats < now.nats and (best is None or now.nats - point.nats > best[0]):
-                best = (now.nats - point.nats, name, point)
-        if best is None:
-            return chosen
-        _, name, point = best
-        spent += point.bits - chosen[name].bits
-        chosen[name] = point
-
-
-def _last_that_fits(points: list[_Point], fits: Callable[[int], bool]) -> _Point:
-    """The point of fewest nats that fits, by bisection; of equals the one of fewest bits."""
-    at = max(bisect_left(points, True, key=lambda p: not fits(p.bits)) - 1, 0)
-    while at > 0 and points[at - 1].nats == points[at].nats:
-        at -= 1
-    return points[at]
-
-
-def _between(a: _Point, b: _Point) -> float:
-    """Nats saved per bit from a to b."""
-    return (a.nats - b.nats) / (b.bits - a.bits)
-
-
-def _slope(hull: list[_Point], at: int) -> float:
-    return _between(hull[at], hull[at + 1])

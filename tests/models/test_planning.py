@@ -1,0 +1,161 @@
+"""Plans of whole models: what was predicted is what is stored and measured."""
+
+import json
+
+import pytest
+import torch
+from test_compress import batches, tiny_llama
+
+import tnc
+from tnc.decompose import DenseStage, QuantizeStage
+from tnc.errors import BudgetError, ModelError, StatsError
+from tnc.formats import IntFormat
+from tnc.planning import Base, Choice, CurveTable, KeepDense, Rules, edit, plan_curves, shortfalls
+
+PORTFOLIO = tnc.Portfolio(
+    {"dense": Base(DenseStage(), compensated=False), "int8": Base(QuantizeStage(IntFormat(8)), compensated=False)}
+    | {f"int{b}": Base(QuantizeStage(IntFormat(b, group_size=16))) for b in (4, 3, 2)},
+    {"16": None, "4": IntFormat(4)}, rank_step=4, factor_ranks=(4,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    model = tiny_llama()
+    stats = tnc.calibrate(model, batches())
+    return model, stats, tnc.error_curves(model, stats, PORTFOLIO, dtype=torch.bfloat16)
+
+
+def compressed(model, stats, plan):
+    return tnc.compress(model, plan, stats=stats, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("budget", [3.4, 4.4, 7.0])
+def test_predicted_bits_nats_and_bytes_are_those_of_the_file(calibrated, budget, tmp_path):
+    model, stats, curves = calibrated
+    plan = tnc.plan(model, stats, tnc.BitsPerWeight(budget), curves=curves)
+    small = compressed(model, stats, plan)
+    report = tnc.ModelReport.of(small)
+    assert report.bits_per_weight == plan.bits_per_weight <= budget
+    for name, layer in plan.layers.items():
+        assert report.layers[name]["storage_bits"] == layer.bits
+        rounded = layer.choice.factors == "4" and layer.choice.rank  # ties of rounding go by the last bit
+        assert report.layers[name]["predicted_nats"] == pytest.approx(layer.nats, rel=0.05 if rounded else 1e-5)
+    path = tnc.save_checkpoint(small, tmp_path / "small")
+    records = json.loads((path / "tnc.json").read_text())["tensors"]
+    sizes = {"bfloat16": 2, "float16": 2, "float32": 4, "uint8": 1, "int64": 8}
+    on_disk = sum(torch.Size(r["shape"]).numel() * sizes[r["dtype"]] for r in records.values())
+    assert on_disk == plan.bytes
+    header = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in path.glob("*.safetensors"))
+    assert sum(f.stat().st_size for f in path.glob("*.safetensors")) == on_disk + header
+    assert tnc.load_checkpoint(path).tnc_recipe == f"plan(bpw={budget:g})"
+
+
+def test_bytes_budget_is_met_on_disk(calibrated, tmp_path):
+    model, stats, curves = calibrated
+    limit = curves.other_bytes + 9_000
+    plan = tnc.plan(model, stats, tnc.Bytes(limit), curves=curves)
+    path = tnc.save_checkpoint(compressed(model, stats, plan), tmp_path / "small")
+    files = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in path.glob("*.safetensors"))
+    assert limit - 200 < files == plan.bytes <= limit
+
+
+def test_error_budget_is_guaranteed(calibrated):
+    model, stats, curves = calibrated
+    for bound in (0.3, 0.1, 0.02):
+        plan = tnc.plan(model, stats, tnc.RelativeError(bound), curves=curves)
+        report = tnc.ModelReport.of(compressed(model, stats, plan))
+        assert max(layer["heldout_relative_error"] for layer in report.layers.values()) <= bound
+
+
+def test_error_budget_on_other_statistics_raises(calibrated):
+    model, stats, curves = calibrated
+    plan = tnc.plan(model, stats, tnc.RelativeError(0.1), curves=curves)
+    with pytest.raises(BudgetError, match=r"held-out error of .* above the 0.1 asked"):
+        compressed(model, tnc.calibrate(model, batches(seed=5, count=1)), plan)
+
+
+def test_edited_plan_runs_and_says_that_it_is_over_budget(calibrated):
+    model, stats, curves = calibrated
+    plan = tnc.plan(model, stats, (tnc.BitsPerWeight(3.5), tnc.RelativeError(0.6)), curves=curves)
+    edited = edit(plan, dict.fromkeys(plan.names, Choice("int8")))
+    report = tnc.ModelReport.of(compressed(model, stats, edited))
+    told = shortfalls(edited, report.layers, total_bytes=0)
+    assert len(told) == 1
+    assert told[0].startswith("the budget bpw=3.5 is not met: it is 8.")
+
+
+@pytest.mark.parametrize("budget", [tnc.Nats(0.01), tnc.PerplexityIncrease("1%")])
+def test_budgets_in_nats_are_met_as_measured(calibrated, budget):
+    model, stats, curves = calibrated
+    windows = [row for batch in batches(seed=7, count=4, length=60) for row in batch]
+    plan = tnc.plan(model, stats, budget, curves=curves, windows=windows, dtype=torch.bfloat16)
+    again = tnc.evaluate(compressed(model, stats, plan), windows, reference=model)
+    key = "kl" if isinstance(budget, tnc.Nats) else "delta_nats"
+    assert plan.measured[key] == pytest.approx(again.to_json()[key], abs=1e-7)
+    assert plan.measured[key] <= (budget.value if key == "kl" else budget.nats)
+    assert plan.predicted_nats == pytest.approx(plan.measured["kl"])
+    assert "measured plans" in plan.notes[0]
+
+
+def test_measured_budget_out_of_reach(calibrated):
+    model, stats, curves = calibrated
+    windows = [row for batch in batches(seed=7, count=2, length=60) for row in batch]
+    with pytest.raises(BudgetError, match=r"no plan met nats=1e-12 .* as measured|below the smallest reachable"):
+        tnc.plan(model, stats, tnc.Nats(1e-12), curves=curves, windows=windows, dtype=torch.bfloat16)
+
+
+def test_curves_are_cached_and_stale_ones_refused(calibrated, tmp_path):
+    model, stats, curves = calibrated
+    path = tmp_path / "curves.safetensors"
+    first = tnc.error_curves(model, stats, PORTFOLIO, dtype=torch.bfloat16, include=["*.0.*.k_proj"], cache=path)
+    again = tnc.error_curves(model, stats, PORTFOLIO, dtype=torch.bfloat16, include=["*.0.*.k_proj"], cache=path)
+    assert repr(first.layers) == repr(again.layers)
+    name = next(iter(first.layers))
+    assert repr(first.layers[name]) == repr(curves.layers[name])
+    other = {k: tnc.LayerStats.from_hessian(2 * s.hessian, tokens=s.tokens) for k, s in stats.items()}
+    changes = ({"stats": other}, {"model": tiny_llama(seed=1)}, {"portfolio": tnc.Portfolio.default()})
+    for change in changes:
+        given = {"model": model, "stats": stats, "portfolio": PORTFOLIO, **change}
+        with pytest.raises(BudgetError, match="are stale"):
+            tnc.error_curves(**given, dtype=torch.bfloat16, include=["*.0.*.k_proj"], cache=path)
+
+
+def test_groups_are_the_layers_that_see_one_input(calibrated):
+    _, _, curves = calibrated
+    block = "model.layers.0."
+    assert tuple(f"{block}self_attn.{x}_proj" for x in "qkv") in curves.groups
+    assert (f"{block}mlp.gate_proj", f"{block}mlp.up_proj") in curves.groups
+    plan = plan_curves(curves, tnc.BitsPerWeight(3.3), Rules(fused=True))
+    for group in curves.groups:
+        assert len({plan.layers[name].choice.base for name in group}) == 1
+
+
+def test_only_planned_layers_are_touched(calibrated):
+    model, stats, _ = calibrated
+    curves = tnc.error_curves(model, stats, PORTFOLIO, include=["*.mlp.*"])
+    plan = plan_curves(curves, tnc.BitsPerWeight(20), Rules(constraints=(KeepDense(("*.0.*",)),)))
+    small = tnc.compress(model, plan, batches())
+    assert isinstance(small.model.layers[1].mlp.up_proj, tnc.FactoredLinear)
+    assert isinstance(small.model.layers[1].self_attn.q_proj, torch.nn.Linear)
+    assert tnc.ModelReport.of(small).layers["model.layers.0.mlp.up_proj"]["relative_error"] == 0
+
+
+def test_plan_of_another_model_is_refused(calibrated):
+    model, stats, curves = calibrated
+    plan = tnc.plan(model, stats, tnc.BitsPerWeight(4), curves=curves)
+    other = tiny_llama()
+    del other.model.layers[1]
+    with pytest.raises(ModelError, match="layers that the model lacks"):
+        tnc.compress(other, plan, stats=stats)
+
+
+def test_missing_statistics_are_named(calibrated):
+    model, stats, _ = calibrated
+    with pytest.raises(StatsError, match=r"lack 7 of 14 layers, the first is 'model.layers.1"):
+        tnc.plan(model, {n: s for n, s in stats.items() if "layers.0" in n}, tnc.BitsPerWeight(3))
+
+
+def test_curve_table_names_its_dtype(calibrated):
+    assert isinstance(calibrated[2], CurveTable)
+    assert calibrated[2].dtype == "bfloat16"

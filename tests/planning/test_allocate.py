@@ -1,0 +1,219 @@
+"""The knapsack against every combination (small) and HiGHS (large), with its certificate."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from tnc.errors import BudgetError
+from tnc.planning.allocate import Menu, allocate, front, lower_hulls, reverse
+from tnc.planning.exact import Limit, allocate_exactly
+from tnc.planning.fuse import fuse
+
+
+def menu_of(seed: int, units: int, options: int, *, shape: str = "random") -> Menu:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, options + 1, units)
+    first = np.concatenate([[0], counts.cumsum()])
+    usage = rng.integers(0, 50, first[-1]).astype(float)
+    cost = rng.random(first[-1]) if shape == "random" else rng.integers(0, 5, first[-1]).astype(float)
+    if shape == "curve":  # falling and convex with noise, as error curves are
+        cost = 2.0 ** (-usage / 8) * rng.lognormal(sigma=0.2, size=len(usage)) * 100 ** rng.random(units).repeat(counts)
+    return Menu(first, cost, usage)
+
+
+@st.composite
+def small_menus(draw):
+    shape = draw(st.sampled_from(["random", "ties", "curve"]))
+    menu = menu_of(draw(st.integers(0, 2**31)), draw(st.integers(1, 4)), draw(st.integers(1, 6)), shape=shape)
+    return menu, draw(st.floats(0, 1))
+
+
+def combinations(menu: Menu):
+    units = [range(menu.first[u], menu.first[u + 1]) for u in range(menu.units)]
+    return [np.array(c) for c in itertools.product(*units)]
+
+
+def best_of(menu: Menu, limit: float, allowed=lambda chosen: True) -> float:
+    return min((menu.cost[c].sum() for c in combinations(menu) if menu.usage[c].sum() <= limit and allowed(c)),
+               default=np.inf)  # fmt: skip
+
+
+def limit_of(menu: Menu, share: float) -> float:
+    least = np.minimum.reduceat(menu.usage, menu.first[:-1]).sum()
+    most = np.maximum.reduceat(menu.usage, menu.first[:-1]).sum()
+    return least + share * (most - least) * 1.1
+
+
+def check(menu: Menu, found, limit: float) -> None:
+    assert (menu.unit[found.chosen] == np.arange(menu.units)).all()
+    assert found.usage == menu.usage[found.chosen].sum() <= limit
+    assert found.cost == pytest.approx(menu.cost[found.chosen].sum())
+    assert found.lower_bound <= found.cost
+
+
+@given(case=small_menus())
+def test_certificate_against_all_combinations(case):
+    menu, share = case
+    limit = limit_of(menu, share)
+    found = allocate(menu, limit)
+    check(menu, found, limit)
+    best = best_of(menu, limit)
+    assert found.lower_bound <= best + 1e-12 * abs(best)
+    assert best <= found.cost + 1e-12 * abs(best)
+    assert found.multiplier >= 0
+
+
+@given(case=small_menus())
+def test_bound_is_the_linear_relaxation(case):
+    """An independent oracle of the bound: scipy's linear program."""
+    menu, share = case
+    limit = limit_of(menu, share)
+    rows = (menu.unit[None] == np.arange(menu.units)[:, None]).astype(float)
+    solved = linprog(menu.cost, A_ub=menu.usage[None], b_ub=[limit], A_eq=rows, b_eq=np.ones(menu.units), bounds=(0, 1))
+    found = allocate(menu, limit)
+    assert found.lower_bound == pytest.approx(min(solved.fun, found.cost), rel=1e-6, abs=1e-7)
+
+
+@given(case=small_menus())
+def test_other_direction_of_the_budget(case):
+    """Least usage within a cost is the same problem read the other way."""
+    menu, share = case
+    limit = limit_of(menu, share)
+    found = allocate(menu, limit)
+    back = allocate(reverse(menu), found.cost)
+    assert back.cost <= found.usage + 1e-9
+    assert back.usage <= found.cost * (1 + 1e-12) + 1e-12
+
+
+@given(case=small_menus())
+def test_exact_is_the_best_combination(case):
+    menu, share = case
+    limit = limit_of(menu, share)
+    found = allocate_exactly(menu, [Limit(menu.usage, limit)])
+    check(menu, found, limit)
+    best = best_of(menu, limit)
+    assert found.cost == pytest.approx(best, rel=1e-6, abs=1e-9)
+    assert found.lower_bound <= best + 1e-6 * max(1.0, float(menu.cost.max()))
+
+
+@given(case=small_menus(), seed=st.integers(0, 2**31))
+def test_two_limits_need_the_exact_solver(case, seed):
+    menu, share = case
+    seconds = np.random.default_rng(seed).integers(0, 50, len(menu.cost)).astype(float)
+    both = [Limit(menu.usage, limit_of(menu, share), "bits"), Limit(seconds, 100.0, "time")]
+    best = best_of(menu, both[0].value, lambda c: seconds[c].sum() <= 100)
+    if np.isinf(best):
+        with pytest.raises(BudgetError, match=r"within bits <= .* and time <= 100"):
+            allocate_exactly(menu, both)
+        return
+    found = allocate_exactly(menu, both)
+    assert found.cost == pytest.approx(best, rel=1e-6, abs=1e-9)
+    assert seconds[found.chosen].sum() <= 100
+
+
+def agrees(menu, group, scheme, chosen) -> bool:
+    return all(len(set(scheme[chosen[group == g]])) == 1 for g in set(group) if (group == g).sum() > 1)
+
+
+@given(case=small_menus(), seed=st.integers(0, 2**31))
+def test_fused_groups_take_one_scheme(case, seed):
+    menu, share = case
+    rng = np.random.default_rng(seed)
+    group = np.unique(rng.integers(0, 3, menu.units), return_inverse=True)[1].ravel()
+    scheme = rng.integers(0, 2, len(menu.cost))
+    possible = [c for c in combinations(menu) if agrees(menu, group, scheme, c)]
+    if not possible:
+        with pytest.raises(BudgetError, match="none in common"):
+            fuse(menu, group, scheme)
+        return
+    least = min(menu.usage[c].sum() for c in possible)
+    limit = max(limit_of(menu, share), least)
+    best = best_of(menu, limit, lambda c: agrees(menu, group, scheme, c))
+    fused = fuse(menu, group, scheme)
+    found = allocate(fused.menu, limit)
+    chosen = fused.layers(found.chosen)
+    assert agrees(menu, group, scheme, chosen)
+    assert (menu.unit[chosen] == np.arange(menu.units)).all()
+    assert menu.usage[chosen].sum() == found.usage <= limit
+    assert menu.cost[chosen].sum() == pytest.approx(found.cost)
+    assert found.lower_bound <= best + 1e-12
+    assert best <= found.cost + 1e-12
+    exact = allocate_exactly(menu, [Limit(menu.usage, limit)], group=group, scheme=scheme)
+    assert agrees(menu, group, scheme, exact.chosen)
+    assert exact.cost == pytest.approx(best, rel=1e-6, abs=1e-9)
+
+
+def test_certificate_on_two_hundred_random_instances():
+    """Within the printed gap of every combination (small) and of HiGHS (large)."""
+    for seed in range(180):
+        menu = menu_of(seed, 1 + seed % 4, 6, shape=("random", "ties", "curve")[seed % 3])
+        limit = limit_of(menu, seed / 180)
+        found = allocate(menu, limit)
+        assert found.cost - best_of(menu, limit) <= found.gap + 1e-12
+    for seed in range(20):
+        menu = menu_of(seed, 60, 30, shape="curve")
+        limit = limit_of(menu, (seed + 1) / 40)
+        found, exact = allocate(menu, limit), allocate_exactly(menu, [Limit(menu.usage, limit)])
+        assert found.lower_bound <= exact.cost * (1 + 1e-9)
+        assert exact.cost <= found.cost * (1 + 1e-6)
+        assert found.gap <= 0.02 * found.cost
+
+
+@given(case=small_menus())
+def test_hull_vertices_against_their_definition(case):
+    """A vertex is cheaper than every point of smaller usage and not above any chord between two options."""
+    menu, _ = case
+    vertices = set(lower_hulls(menu).tolist())
+    for u in range(menu.units):
+        place = range(menu.first[u], menu.first[u + 1])
+        points = {(menu.usage[i], menu.cost[i]) for i in place}
+        for i in place:
+            x, y = menu.usage[i], menu.cost[i]
+            dominated = any((a <= x and b < y) or (a < x and b <= y) for a, b in points)
+            above = any(
+                a < x < c and (b - y) * (c - x) + (d - y) * (x - a) < -1e-12
+                for (a, b), (c, d) in itertools.product(points, repeat=2)
+            )
+            if i in vertices:
+                assert not dominated
+                assert not above
+            elif not dominated and not above:
+                assert any((menu.usage[j], menu.cost[j]) == (x, y) for j in vertices & set(place)) or on_edge(
+                    points, x, y
+                )
+
+
+def on_edge(points, x, y) -> bool:
+    return any(
+        a < x < c and abs((b - y) * (c - x) + (d - y) * (x - a)) <= 1e-12
+        for (a, b), (c, d) in itertools.product(points, repeat=2)
+    )
+
+
+def test_front_costs_fall_and_are_convex():
+    found = front(menu_of(3, 40, 20, shape="curve"))
+    slopes = np.diff(found.cost) / np.diff(found.usage)
+    assert (slopes < 0).all()
+    assert (np.diff(slopes) >= -1e-9 * abs(slopes[0])).all()
+
+
+def test_limit_below_the_smallest_choice():
+    menu = menu_of(0, 3, 4)
+    with pytest.raises(BudgetError, match="below the least usage"):
+        allocate(menu, -1)
+    with pytest.raises(BudgetError, match="below the least usage"):
+        allocate(menu, float("nan"))
+
+
+def test_menus_that_are_none():
+    empty = np.zeros(0)
+    with pytest.raises(BudgetError, match="needs at least one"):
+        front(Menu(np.array([0]), empty, empty))
+    with pytest.raises(BudgetError, match="at least one option"):
+        front(Menu(np.array([0, 1, 1]), np.ones(1), np.ones(1)))
+    with pytest.raises(BudgetError, match="not finite"):
+        front(Menu(np.array([0, 1]), np.array([np.nan]), np.ones(1)))

@@ -1,0 +1,217 @@
+"""From a model and its statistics to error curves and a plan, and to plans whose error is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tnc.checkpoint.journal import digest
+from tnc.checkpoint.save import stored_tensors
+from tnc.errors import BudgetError, StatsError
+from tnc.models.compress import compress
+from tnc.models.evaluate import Evaluation, evaluate
+from tnc.models.layers import select_layers, weight_of
+from tnc.models.text import TokenWindows
+from tnc.planning import (
+    Budget,
+    CurveTable,
+    LayerCurves,
+    Nats,
+    PerplexityIncrease,
+    Plan,
+    Portfolio,
+    Rules,
+    describe_budget,
+    measure_curves,
+    plan_curves,
+)
+from tnc.stats import LayerStats, Moments
+
+Progress = Callable[[str, int, int], None]
+Windows = TokenWindows | Iterable[Tensor]
+
+_PRIOR = 1.2  # measured KL over predicted, before anything was measured (MATH.md section 0: 1.2 to 1.35)
+_CLOSE = 0.95  # a measured plan that uses this share of its budget is not improved further
+
+
+def error_curves(
+    model: nn.Module, stats: Mapping[str, LayerStats], portfolio: Portfolio | None = None, *,
+    include: Iterable[str] | None = None, exclude: Iterable[str] | None = None, dtype: torch.dtype | None = None,
+    cache: Path | None = None, progress: Progress | None = None,
+) -> CurveTable:  # fmt: skip
+    """Error curves of every layer, for any number of plans.
+
+    Args:
+        model: dense.
+        stats: from `tnc.calibrate`.
+        portfolio: what is tried; ``None`` is `Portfolio.default`.
+        include: glob patterns of layer names, see `tnc.compress`.
+        exclude: the same, of layers to leave as they are.
+        dtype: of plain factors and dense layers; ``None`` is that of the weights.
+        cache: file that is read if it exists, else written.
+        progress: called with ("curves", layers done, layers in all).
+
+    Raises:
+        StatsError: if statistics of a layer are missing.
+        BudgetError: if the cache is of another model, calibration or portfolio.
+
+    Cost: one fit of every base for each layer; see `measure_curves`.
+    """
+    portfolio = portfolio or Portfolio.default()
+    layers = select_layers(model, include, exclude)
+    missing = [name for name in layers if name not in stats]
+    if missing:
+        raise StatsError(
+            f"the statistics lack {len(missing)} of {len(layers)} layers, the first is {missing[0]!r}; calibrate this "
+            "model again, or exclude those layers."
+        )
+    weights = {name: weight_of(layer).detach() for name, layer in layers.items()}
+    stored = dtype or next(iter(weights.values())).dtype
+    fingerprint = _fingerprint(weights, stats, portfolio, stored)
+    if cache is not None and cache.exists():
+        return CurveTable.load(cache, fingerprint=fingerprint)
+    curves: dict[str, LayerCurves] = {}
+    for name, weight in weights.items():
+        curves[name] = measure_curves(weight, stats[name], portfolio, dtype=dtype)
+        if progress is not None:
+            progress("curves", len(curves), len(weights))
+    other = _other_bytes(model, weights)
+    table = CurveTable(curves, portfolio, _groups(weights, stats), other, str(stored)[6:], fingerprint)
+    if cache is not None:
+        table.save(cache)
+    return table
+
+
+def plan(
+    model: nn.Module, stats: Mapping[str, LayerStats], budgets: Budget | Sequence[Budget], *,
+    portfolio: Portfolio | None = None, rules: Rules | None = None, curves: CurveTable | None = None,
+    windows: Windows | None = None, dtype: torch.dtype | None = None, progress: Progress | None = None,
+) -> Plan:  # fmt: skip
+    """Choose base, rank and factor format of every layer under one budget.
+
+    Args:
+        model: dense.
+        stats: from `tnc.calibrate`.
+        budgets: one, or several that all hold: `BitsPerWeight`, `Bytes`, `Nats`, `PerplexityIncrease`,
+            `RelativeError` (of every layer), `Latency`, `Speedup`.
+        portfolio: what may be chosen; ``None`` is `Portfolio.default`. Not used where ``curves`` are given.
+        rules: constraints, fused groups, weights, clock.
+        curves: from `error_curves`; ``None`` measures them.
+        windows: held-out token windows. With them `Nats` and `PerplexityIncrease` are met as measured: the plan is
+            compressed and scored, a few times, and the scale of the prediction follows the measurement.
+        dtype: of plain factors and dense layers; ``None`` is that of the weights.
+        progress: called with (stage, done, total).
+
+    Raises:
+        BudgetError: see `plan_curves`; with windows also if no plan tried meets the budget as measured.
+        StatsError: if statistics of a layer are missing.
+    """
+    table = curves or error_curves(model, stats, portfolio, dtype=dtype, progress=progress)
+    wanted = (budgets,) if not isinstance(budgets, Sequence) else tuple(budgets)
+    measured = [each for each in wanted if isinstance(each, Nats | PerplexityIncrease)]
+    if windows is None or not measured:
+        return plan_curves(table, wanted, rules)
+    search = _Search(model, stats, table, wanted, rules, list(windows), dtype, progress)
+    return search.run(measured[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Line search over the predicted error for the fewest bits whose measured error is within the budget."""
+
+    model: nn.Module
+    stats: Mapping[str, LayerStats]
+    table: CurveTable
+    budgets: tuple[Budget, ...]
+    rules: Rules | None
+    windows: list[Tensor]
+    dtype: torch.dtype | None
+    progress: Progress | None
+
+    def run(self, budget: Nats | PerplexityIncrease, measurements: int = 5) -> Plan:
+        """The best plan measured; between bounds the next level is the one that the last ratio predicts."""
+        target = budget.value if isinstance(budget, Nats) else budget.nats
+        level, low, high = target / _PRIOR, 0.0, math.inf
+        best: Plan | None = None
+        tried = []
+        for _ in range(measurements):
+            found = self._measure(level)
+            assert found.measured is not None
+            value = found.measured["kl" if isinstance(budget, Nats) else "delta_nats"]
+            tried.append(f"{value:.4g} nats at {found.bits_per_weight:.3f} bits")
+            if value <= target:
+                best, low = (
+                    (found, level) if best is None or found.bits_per_weight < best.bits_per_weight else (best, low)
+                )
+            else:
+                high = min(high, level)
+            if _CLOSE * target <= value <= target:
+                break
+            level = _next_level(level, value, target, low, high)
+        if best is None:
+            raise BudgetError(
+                f"no plan met {describe_budget(budget)} ({target:.4g} nats) as measured on {len(self.windows)} "
+                f"windows; measured were {', '.join(tried)}. Ask for more, or score more text."
+            )
+        return replace(best, notes=(f"measured plans: {'; '.join(tried)}", *best.notes))
+
+    def _measure(self, level: float) -> Plan:
+        """The plan of a predicted level, compressed and scored."""
+        asked = tuple(Nats(level) if isinstance(b, Nats | PerplexityIncrease) else b for b in self.budgets)
+        found = plan_curves(self.table, asked, self.rules)
+        small = compress(self.model, found, stats=self.stats, dtype=self.dtype, progress=self.progress)
+        scores = evaluate(small, self.windows, reference=self.model, progress=self.progress)
+        return replace(found, budgets=self.budgets, measured=scores.to_json(), scale=_scale(scores, found))
+
+
+def _scale(scores: Evaluation, found: Plan) -> float:
+    """Measured over predicted KL."""
+    predicted = found.predicted_nats
+    return scores.kl / predicted if scores.kl and predicted else 1.0
+
+
+def _next_level(level: float, value: float, target: float, low: float, high: float) -> float:
+    """Where the ratio seen leads, kept between the levels known to be within and beyond the budget."""
+    ratio = target / value if value > 0 else 4.0
+    guess = level * min(max(ratio, 0.25), 4.0) * (0.98 if ratio < 1 else 1.0)
+    if low < guess < high:
+        return guess
+    return math.sqrt(low * high) if low > 0 and math.isfinite(high) else level * (0.5 if math.isfinite(high) else 2.0)
+
+
+def _groups(weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats]) -> tuple[tuple[str, ...], ...]:
+    """Layers that share one `Moments` object see one input."""
+    found: dict[int, list[str]] = {}
+    for name in weights:
+        found.setdefault(id(stats[name].inputs), []).append(name)
+    return tuple(tuple(names) for names in found.values() if len(names) > 1)
+
+
+def _other_bytes(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
+    """Bytes of the checkpoint's tensors other than the planned weights."""
+    everything = sum(t.numel() * t.element_size() for t in stored_tensors(model).values())
+    return everything - sum(w.numel() * w.element_size() for w in weights.values())
+
+
+def _fingerprint(
+    weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats], portfolio: Portfolio, dtype: torch.dtype
+) -> str:
+    """Digest of the weights, of diagonal and row sums of every moment, and of the portfolio."""
+    parts: list[Tensor | str | None] = [json.dumps(portfolio.to_json(), sort_keys=True), str(dtype)]
+    for name, weight in weights.items():
+        parts += [name, weight]
+        for moments in (stats[name].inputs, stats[name].heldout, stats[name].gradient):
+            parts += _marks(moments)
+    return digest(parts)
+
+
+def _marks(moments: Moments | None) -> list[Tensor | str | None]:
+    if moments is None:
+        return [None]
+    return [str(moments.tokens), moments.second.diagonal().contiguous(), moments.second.sum(1)]

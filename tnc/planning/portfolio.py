@@ -1,0 +1,241 @@
+"""What a planner may choose from, as data: bases, ranks, formats of the low-rank factors.
+
+A layer's `Choice` is one base, one rank and one factor format. Bases are stages, so that any quantizer or form of the
+library can be an entry; the portfolio of a plan travels in its file and is rebuilt from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tnc.decompose import (
+    DenseStage,
+    InputRotation,
+    LowRankStage,
+    OutputRotation,
+    QuantizeStage,
+    Recipe,
+    Stage,
+    Transform,
+)
+from tnc.errors import BudgetError, TNCError
+from tnc.formats import IntFormat, NumberFormat, format_from_spec
+
+DENSE = "dense"
+NONE = "none"
+PLAIN = "16"  # factors in the dtype of the model
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one layer becomes.
+
+    Attributes:
+        base: a name of the portfolio's bases; ``"none"`` is a low-rank term alone.
+        rank: of the low-rank term; 0 is none.
+        factors: a name of the portfolio's factor formats.
+    """
+
+    base: str
+    rank: int = 0
+    factors: str = PLAIN
+
+    def describe(self) -> str:
+        """For example ``int3-g64 + rank 16 @ 8``."""
+        term = f"rank {self.rank} @ {self.factors}"
+        if self.base == NONE:
+            return term
+        return self.base if self.rank == 0 else f"{self.base} + {term}"
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base of a portfolio.
+
+    Attributes:
+        stage: how it is fitted; ``None`` stores nothing (a low-rank term alone).
+        compensated: whether low-rank terms on top of it are tried.
+        transforms: changes of basis around base and low-rank term, the first outermost.
+    """
+
+    stage: Stage | None
+    compensated: bool = True
+    transforms: tuple[Transform, ...] = ()
+
+
+@dataclass(frozen=True)
+class Portfolio:
+    """Bases × ranks × factor formats.
+
+    Attributes:
+        bases: by name.
+        factors: number format of the low-rank factors by name; ``None`` is the dtype of the model.
+        rank_step: ranks are multiples of it.
+        max_rank: no larger one is tried; ranks that store as much as the dense layer never are.
+        factor_ranks: the ranks tried with rounded factors, each of which is a fit of its own.
+    """
+
+    bases: Mapping[str, Base]
+    factors: Mapping[str, NumberFormat | None] = field(default_factory=lambda: {PLAIN: None})
+    rank_step: int = 8
+    max_rank: int = 512
+    factor_ranks: tuple[int, ...] = (16, 32, 64)
+
+    def __post_init__(self) -> None:
+        if not self.bases or not self.factors or self.rank_step < 1 or self.max_rank < 0:
+            raise BudgetError(
+                f"a portfolio of {len(self.bases)} bases, {len(self.factors)} factor formats, rank_step="
+                f"{self.rank_step} and max_rank={self.max_rank} offers nothing; use Portfolio.default()."
+            )
+
+    @classmethod
+    def default(
+        cls, *, group_sizes: tuple[int | None, ...] = (64, None), factor_bits: tuple[int, ...] = (16, 4),
+        method: str = "gptq",
+    ) -> Portfolio:  # fmt: skip
+        """Dense, int8, int4, int3 and int2 bases, low rank on them and alone, factors of 16 and 4 bits.
+
+        Args:
+            group_sizes: input columns that share a scale, each an own base; ``None`` is one group a row, which fits
+                every layer. A group size that does not divide a layer's width is left out for that layer.
+            factor_bits: 16 is the dtype of the model, others are integer formats with one group a row.
+            method: of the integer bases, a name of `tnc.quant.QUANTIZERS`.
+        """
+        bases = {DENSE: Base(DenseStage(), compensated=False), NONE: Base(None)}
+        for bits in (8, 4, 3, 2):
+            for group in group_sizes:
+                name = f"int{bits}-row" if group is None else f"int{bits}-g{group}"
+                stage = QuantizeStage(IntFormat(bits, group_size=group), method=method)
+                bases[name] = Base(stage, compensated=bits < 8)
+        factors = {str(b): None if b == int(PLAIN) else IntFormat(b) for b in factor_bits}
+        return cls(bases, factors)
+
+    def stages(self, choice: Choice, dtype: torch.dtype | None = None) -> tuple[Stage, ...]:
+        """The stages that make a choice.
+
+        Args:
+            choice: with names of this portfolio.
+            dtype: of dense layers and plain factors; ``None`` is that of the weight.
+
+        Raises:
+            BudgetError: for a base or factor format that the portfolio does not have; lists those it has.
+        """
+        self.check(choice)
+        stage = self.bases[choice.base].stage
+        if isinstance(stage, DenseStage) and stage.dtype is None:
+            stage = replace(stage, dtype=dtype)
+        stages: tuple[Stage, ...] = () if stage is None else (stage,)
+        if choice.rank or not stages:
+            stages = (*stages, LowRankStage(choice.rank, dtype=dtype, factor_format=self.factors[choice.factors]))
+        return stages
+
+    def recipe(self, choice: Choice, dtype: torch.dtype | None = None) -> Recipe:
+        """The choice as a recipe; arguments and errors as `stages`."""
+        stages = self.stages(choice, dtype)
+        return Recipe(choice.describe(), stages, transforms=self.bases[choice.base].transforms)
+
+    def check(self, choice: Choice) -> None:
+        """Raise `BudgetError` unless the portfolio has the names of a choice."""
+        for kind, name, known in (("base", choice.base, self.bases), ("factor format", choice.factors, self.factors)):
+            if name not in known:
+                raise BudgetError(
+                    f"{kind} {name!r} is not in the portfolio of this plan; expected one of {', '.join(known)}."
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able description.
+
+        Raises:
+            BudgetError: for a base whose stage has no description in files.
+        """
+        return {
+            "bases": {name: _base_to_json(name, base) for name, base in self.bases.items()},
+            "factors": {name: _format_to_json(each) for name, each in self.factors.items()},
+            "rank_step": self.rank_step, "max_rank": self.max_rank, "factor_ranks": list(self.factor_ranks),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Portfolio:
+        """Inverse of `to_json`.
+
+        Raises:
+            BudgetError: for a description that this version does not know; names the entry.
+        """
+        bases = {name: _base_from_json(name, each) for name, each in fields["bases"].items()}
+        factors = {name: _format_from_json(name, each) for name, each in fields["factors"].items()}
+        return cls(bases, factors, int(fields["rank_step"]), int(fields["max_rank"]), tuple(fields["factor_ranks"]))
+
+
+_TRANSFORMS: dict[str, type[InputRotation] | type[OutputRotation]] = {
+    "input_rotation": InputRotation, "output_rotation": OutputRotation,
+}  # fmt: skip
+
+
+def _base_to_json(name: str, base: Base) -> dict[str, Any]:
+    stage = base.stage
+    shared = {"compensated": base.compensated, "transforms": [_transform_to_json(name, t) for t in base.transforms]}
+    if stage is None:
+        return {"stage": "none", **shared}
+    if isinstance(stage, DenseStage) and stage.dtype is None:
+        return {"stage": "dense", **shared}
+    if isinstance(stage, QuantizeStage):
+        return {
+            "stage": "quantize", "method": stage.method, "format": _format_to_json(stage.format),
+            "options": dict(stage.options), "clip_ratios": list(stage.clip_ratios), "damping": stage.damping, **shared,
+        }  # fmt: skip
+    raise BudgetError(
+        f"base {name!r} is a {type(stage).__name__}, which a plan file cannot describe; expected None, DenseStage() or "
+        "a QuantizeStage."
+    )
+
+
+def _base_from_json(name: str, fields: Mapping[str, Any]) -> Base:
+    kind = fields.get("stage")
+    shared = (bool(fields.get("compensated", True)),
+              tuple(_transform_from_json(name, each) for each in fields.get("transforms", ())))  # fmt: skip
+    if kind == "none":
+        return Base(None, *shared)
+    if kind == "dense":
+        return Base(DenseStage(), *shared)
+    if kind == "quantize":
+        format = _format_from_json(name, fields["format"])
+        if format is None:
+            raise BudgetError(f"base {name!r} has no number format; expected for example int, bits 4, group_size 64.")
+        given = {k: fields[k] for k in ("method", "options", "damping") if k in fields}
+        clip = {"clip_ratios": tuple(fields["clip_ratios"])} if "clip_ratios" in fields else {}
+        return Base(QuantizeStage(format, **given, **clip), *shared)
+    raise BudgetError(f"base {name!r} has the stage {kind!r}; this version of tnc knows none, dense and quantize.")
+
+
+def _transform_to_json(name: str, transform: Transform) -> dict[str, Any]:
+    for kind, cls in _TRANSFORMS.items():
+        if type(transform) is cls:
+            return {"type": kind, **asdict(transform)}
+    raise BudgetError(
+        f"base {name!r} has the transform {type(transform).__name__}, which a plan file cannot describe; expected "
+        f"{', '.join(cls.__name__ for cls in _TRANSFORMS.values())}."
+    )
+
+
+def _transform_from_json(name: str, fields: Mapping[str, Any]) -> Transform:
+    cls = _TRANSFORMS.get(fields.get("type", ""))
+    if cls is None:
+        raise BudgetError(
+            f"base {name!r} has the transform {dict(fields)}; this version knows {', '.join(_TRANSFORMS)}."
+        )
+    return cls(**{k: v for k, v in fields.items() if k != "type"})
+
+
+def _format_to_json(format: NumberFormat | None) -> dict[str, Any] | None:
+    return None if format is None else format.spec()
+
+
+def _format_from_json(name: str, fields: Mapping[str, Any] | None) -> NumberFormat | None:
+    try:
+        return None if fields is None else format_from_spec(fields)
+    except TNCError as error:
+        raise BudgetError(f"entry {name!r}: {error}") from error
