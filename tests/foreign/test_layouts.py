@@ -1,4 +1,4 @@
-"""Layers written by GPTQModel and compressed-tensors decode to what those tools decode them to, bit for bit.
+"""Layers that other tools wrote decode to what those tools decode them to, bit for bit.
 
 `written_by_peers/layers.safetensors` holds small layers packed by the tools named in its metadata, and the matrices
 that they dequantize them to, in the dtype they do it in (float16 for GPTQ: one rounding of the exact product).
@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from tnc.errors import CheckpointError
-from tnc.foreign.layouts import READERS, read_awq, read_gptq, read_pack_quantized
+from tnc.foreign.layouts import READERS, read_awq, read_bitsandbytes, read_gptq, read_pack_quantized
 from tnc.foreign.words import affine, unpack_words
-from tnc.formats import pack
+from tnc.formats import number_format, pack
 from tnc.terms import Product, Quantized
 
 FILE = Path(__file__).parent / "written_by_peers" / "layers.safetensors"
@@ -45,7 +45,7 @@ def test_decodes_as_the_tool_decodes(name):
     assert torch.equal(term.to_dense().to(expected.dtype), expected)
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", [name for name in WRITTEN if "bitsandbytes" not in name])
 def test_keeps_the_bits(name):
     _, tensors = WRITTEN[name]
     term, _ = read(name)
@@ -58,6 +58,23 @@ def test_keeps_the_bits(name):
     assert sorted(base.scale.flatten().tolist()) == sorted(scales.flatten().tolist())
     words = tensors.get("qweight", tensors.get("weight_packed"))
     assert base.codes.numel() == words.numel() * 4
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if "bitsandbytes" in name])
+def test_normal_floats_keep_their_codes_and_scales(name):
+    _, tensors = WRITTEN[name]
+    term, _ = read(name)
+    assert term.format == number_format("nf4", group_size=64, scale="float32")
+    assert term.codes.numel() == tensors["weight"].numel()
+    assert ".nested" in name or sorted(term.scale.flatten().tolist()) == sorted(tensors["weight.absmax"].tolist())
+
+
+def test_scales_across_rows_are_refused():
+    _, tensors = WRITTEN["bitsandbytes.plain.6x64"]
+    state = json.dumps({"shape": [12, 32], "blocksize": 64})
+    odd = {**tensors, "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state.encode()), dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match="blocks of 64 do not divide rows of 32"):
+        read_bitsandbytes(odd, {})
 
 
 def test_activation_order_is_a_permutation():

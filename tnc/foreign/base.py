@@ -26,7 +26,7 @@ class Base:
     Attributes:
         layers: layer name -> its term, bit for bit what the folder holds.
         rest: every other tensor by name.
-        method: ``"gptq"``, ``"awq"``, ``"compressed-tensors"`` or ``"sparse"``.
+        method: ``"gptq"``, ``"awq"``, ``"compressed-tensors"``, ``"bitsandbytes"`` or ``"sparse"``.
     """
 
     layers: Mapping[str, Expression]
@@ -62,7 +62,7 @@ class Base:
 
 
 def load_base(folder: str | Path) -> Base:
-    """Read a folder that GPTQModel, AutoGPTQ, AutoAWQ or compressed-tensors wrote, or a pruned dense one.
+    """Read a folder that GPTQModel, AutoGPTQ, AutoAWQ, compressed-tensors or bitsandbytes wrote, or a pruned one.
 
     Args:
         folder: ``config.json`` (with ``quantization_config`` unless pruned) and safetensors weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from tnc.errors import CheckpointError
 from tnc.foreign.words import affine, unpack_words
-from tnc.terms import Expression
+from tnc.formats import TABLES, TableFormat, unpack
+from tnc.terms import Expression, Quantized
 
 Config = Mapping[str, Any]
 Reader = Callable[[Mapping[str, Tensor], Config], Expression]
@@ -18,6 +20,7 @@ Reader = Callable[[Mapping[str, Tensor], Config], Expression]
 # Nibble i of an AWQ word belongs to column _AWQ_ORDER[i] of its eight (AutoAWQ, GEMM layout).
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _GPTQ_BITS = (2, 3, 4, 8)
+_NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def read_gptq(tensors: Mapping[str, Tensor], config: Config) -> Expression:
@@ -96,11 +99,42 @@ def read_pack_quantized(tensors: Mapping[str, Tensor], config: Config) -> Expres
     return affine(unpack_words(packed, bits, columns), scale, zeros, bits, tensors.get("weight_g_idx"))
 
 
+def read_bitsandbytes(tensors: Mapping[str, Tensor], config: Config) -> Expression:
+    """Bitsandbytes 4-bit: two codes a byte, the first in the high bits, along the rows; largest entries of blocks.
+
+    Args:
+        tensors: ``weight`` packed uint8, ``weight.absmax`` (blocks,) float32 or, quantized a second time, uint8 with
+            ``weight.nested_absmax`` and ``weight.nested_quant_map``; ``weight.quant_map`` (16,); the state in JSON.
+            Scales that were quantized a second time are kept as the float32 numbers that they stand for.
+        config: not used; the state says it all.
+    """
+    state = json.loads(bytes(tensors[_NF4_STATE].tolist()).decode())
+    (rows, columns), block = (int(size) for size in state["shape"]), int(state["blocksize"])
+    if columns % block:
+        raise CheckpointError(
+            f"blocks of {block} do not divide rows of {columns}, so scales cross rows; expected a width they divide. "
+            "Quantize with a smaller blocksize."
+        )
+    pairs = unpack(tensors["weight"].reshape(1, -1), 4, rows * columns).reshape(-1, 2)
+    scale = tensors["weight.absmax"]
+    if scale.dtype == torch.uint8:
+        outer = tensors["weight.nested_absmax"].repeat_interleave(int(state["nested_blocksize"]))[: len(scale)]
+        scale = tensors["weight.nested_quant_map"][scale.long()] * outer + state["nested_offset"]
+    levels = tuple(tensors["weight.quant_map"].tolist())
+    published = torch.tensor(TABLES["nf4"]).tolist()
+    format = TableFormat("nf4" if list(levels) == published else levels, block, scale="float32")
+    return Quantized.from_codes(pairs.flip(1).reshape(rows, columns), scale.float().reshape(rows, -1), None, format)
+
+
 # suffixes that make a layer one of this layout -> the suffixes it may have, and its reader
 READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Reader]] = {
     "gptq": (("qweight", "qzeros", "scales"), ("g_idx",), read_gptq),
     "awq": (("qweight", "qzeros", "scales"), (), read_awq),
     "compressed-tensors": (
         ("weight_packed", "weight_scale", "weight_shape"), ("weight_zero_point", "weight_g_idx"), read_pack_quantized,
+    ),
+    "bitsandbytes": (
+        (_NF4_STATE, "weight", "weight.absmax", "weight.quant_map"),
+        ("weight.nested_absmax", "weight.nested_quant_map"), read_bitsandbytes,
     ),
 }  # fmt: skip
