@@ -185,7 +185,8 @@ def _base_to_json(name: str, base: Base) -> dict[str, Any]:
     if isinstance(stage, QuantizeStage):
         return {
             "stage": "quantize", "method": stage.method, "format": _format_to_json(stage.format),
-            "options": dict(stage.options), "clip_ratios": list(stage.clip_ratios), "damping": stage.damping, **shared,
+            "options": dict(stage.options), "clip_ratios": list(stage.clip_ratios), "damping": stage.damping,
+            "refine": stage.refine, **shared,
         }  # fmt: skip
     raise BudgetError(
         f"base {name!r} is a {type(stage).__name__}, which a plan file cannot describe; expected None, DenseStage() or "
@@ -205,8 +206,8 @@ def _base_from_json(name: str, fields: Mapping[str, Any]) -> Base:
         format = _format_from_json(name, fields["format"])
         if format is None:
             raise BudgetError(f"base {name!r} has no number format; expected for example int, bits 4, group_size 64.")
-        given = {k: fields[k] for k in ("method", "options", "damping") if k in fields}
-        clip = {"clip_ratios": tuple(fields["clip_ratios"])} if "clip_ratios" in fields else {}
+        given = {k: fields[k] for k in ("method", "options", "damping", "refine") if k in fields}
+        clip: dict[str, Any] = {"clip_ratios": tuple(fields["clip_ratios"])} if "clip_ratios" in fields else {}
         return Base(QuantizeStage(format, **given, **clip), *shared)
     raise BudgetError(f"base {name!r} has the stage {kind!r}; this version of tnc knows none, dense and quantize.")
 
