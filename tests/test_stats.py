@@ -176,3 +176,22 @@ def test_check_weight():
         stats.check_weight(torch.ones(3, 2))
     with pytest.raises(StatsError, match=r"G is of a layer with out_features=2; the weight has shape \(3, 3\)"):
         stats.check_weight(torch.ones(3, 3))
+
+
+def test_cross_moments_pair_tokens_and_merge():
+    generator = torch.Generator().manual_seed(0)
+    x, dense = (torch.randn(9, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    parts = []
+    for rows in (slice(0, 4), slice(4, 9)):
+        sums = MomentsAccumulator(3)
+        sums.add(x[rows], dense[rows])
+        parts.append(sums.moments())
+    merged = parts[0].merge(parts[1])
+    assert torch.allclose(merged.cross, dense.T @ x / 9)
+    assert torch.allclose(merged.over(18).cross, dense.T @ x / 18)
+    assert parts[0].merge(Moments(torch.eye(3).double(), None, 2)).cross is None
+    sums.add(x[:2])  # these have no partner
+    assert sums.moments().cross is None
+    other = MomentsAccumulator(3)
+    other.add(x, dense[:5])
+    assert other.moments().cross is None

@@ -211,3 +211,11 @@ def test_wrong_shapes_are_damage(tmp_path, key, shape):
     save_file({**tensors, f"moments.0.{key}": torch.zeros(shape)}, path, metadata=metadata)
     with pytest.raises(StatsError, match=f"s is damaged.*{key} has shape"):
         load_stats(path)
+
+
+def test_cross_moments_survive(tmp_path):
+    found = Moments(torch.eye(3).double(), None, 4, torch.arange(9.0).double().reshape(3, 3))
+    save_stats({"a": LayerStats(found)}, tmp_path / "s")
+    loaded = load_stats(tmp_path / "s")["a"].inputs
+    assert torch.equal(loaded.cross, found.cross)
+    assert torch.equal(loaded.second, found.second)

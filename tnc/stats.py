@@ -25,11 +25,14 @@ class Moments:
         second: (n, n) mean of ``x xᵀ``: the *hessian* of the layer-wise quadratic loss (GPTQ's is twice the sum).
         mean_abs: (n,) mean of ``|x|``, or ``None`` where only the second moment is known.
         tokens: number of tokens.
+        cross: (n, n) mean of ``x xᵀ`` with the left x as the uncompressed model has it and the right one as here,
+            behind compressed layers; ``None`` where both are the same or it was not asked for.
     """
 
     second: Tensor
     mean_abs: Tensor | None
     tokens: int
+    cross: Tensor | None = None
 
     @property
     def features(self) -> int:
@@ -60,7 +63,7 @@ class Moments:
             return self
         share = self.tokens / tokens
         mean_abs = None if self.mean_abs is None else share * self.mean_abs
-        return Moments(share * self.second, mean_abs, tokens)
+        return Moments(share * self.second, mean_abs, tokens, None if self.cross is None else share * self.cross)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both token sets together; commutative and associative up to float64 rounding."""
@@ -72,7 +75,10 @@ class Moments:
         mean_abs = None
         if self.mean_abs is not None and other.mean_abs is not None:
             mean_abs = a * self.mean_abs + b * other.mean_abs
-        return Moments(a * self.second + b * other.second, mean_abs, tokens)
+        cross = None
+        if self.cross is not None and other.cross is not None:
+            cross = a * self.cross + b * other.cross
+        return Moments(a * self.second + b * other.second, mean_abs, tokens, cross)
 
 
 class MomentsAccumulator:
@@ -81,10 +87,17 @@ class MomentsAccumulator:
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
         self._second = torch.zeros(features, features, dtype=torch.float64, device=device)
         self._abs = torch.zeros(features, dtype=torch.float64, device=device)
+        self._cross: Tensor | None = None
+        self._paired = 0
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add the rows of ``x`` (tokens, n); 2 tokens n² flops.
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add the rows of ``x`` (tokens, n); 2 tokens n² flops, twice that with ``dense``.
+
+        Args:
+            x: inputs of the layer.
+            dense: (tokens, n) what the layer would have seen in the uncompressed model, token by token. The cross
+                moment is kept only if every call brings rows that pair with those of ``x``.
 
         Raises:
             ShapeError: if the width differs from earlier rows.
@@ -98,11 +111,17 @@ class MomentsAccumulator:
         self._second += rows.T @ rows
         self._abs += rows.abs().sum(0, dtype=torch.float64)
         self.tokens += x.shape[0]
+        if dense is not None and dense.shape == x.shape:
+            product = dense.detach().to(rows.dtype).T @ rows
+            self._cross = product.double() if self._cross is None else self._cross + product
+            self._paired += x.shape[0]
 
     def moments(self) -> Moments:
         """The means so far (zero for no tokens)."""
         count = max(self.tokens, 1)
-        return Moments(self._second / count, self._abs / count, self.tokens)
+        paired = self._cross is not None and self._paired == self.tokens
+        cross = self._cross / count if self._cross is not None and paired else None
+        return Moments(self._second / count, self._abs / count, self.tokens, cross)
 
 
 @dataclass(frozen=True, eq=False)

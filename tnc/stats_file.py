@@ -1,7 +1,7 @@
 """Calibration statistics on disk: one safetensors file, exact and without pickle.
 
-Each distinct `Moments` object is stored once, under ``moments.I.second`` and ``moments.I.mean_abs``; the
-header's metadata says which layer uses which.
+Each distinct `Moments` object is stored once, under ``moments.I.second``, ``moments.I.mean_abs`` and, where there
+is one, ``moments.I.cross``; the header's metadata says which layer uses which.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def _moments(tensors: Mapping[str, Tensor], number: int, tokens: int) -> Moments
         raise ValueError(f"moments.{number}.second has shape {tuple(second.shape)}, not (n, n)")
     if mean_abs is not None and mean_abs.shape != second.shape[:1]:
         raise ValueError(f"moments.{number}.mean_abs has shape {tuple(mean_abs.shape)}, not {tuple(second.shape[:1])}")
-    return Moments(second, mean_abs, int(tokens))
+    cross = tensors.get(f"moments.{number}.cross")
+    if cross is not None and cross.shape != second.shape:
+        raise ValueError(f"moments.{number}.cross has shape {tuple(cross.shape)}, not {tuple(second.shape)}")
+    return Moments(second, mean_abs, int(tokens), cross)
 
 
 def _layer(moments: list[Moments], row: Mapping[str, Any]) -> LayerStats:
@@ -125,6 +128,8 @@ def _tensors(moments: Moments, number: int) -> dict[str, Tensor]:
     found = {f"moments.{number}.second": moments.second.detach().clone().contiguous()}
     if moments.mean_abs is not None:
         found[f"moments.{number}.mean_abs"] = moments.mean_abs.detach().clone().contiguous()
+    if moments.cross is not None:
+        found[f"moments.{number}.cross"] = moments.cross.detach().clone().contiguous()
     return found
 
 

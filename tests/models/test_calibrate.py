@@ -405,6 +405,62 @@ def test_sequential_sees_the_replaced_layers(fisher):
         shrink(model, group)
 
 
+def inputs_of(model, ids):
+    """Inputs (tokens, n) of every linear layer of the blocks, by ordinary hooks."""
+    found = {}
+
+    def hook_of(name):
+        return lambda _, args: found.update({name: args[0].reshape(-1, args[0].shape[-1])})
+
+    handles = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in select_layers(model).items()]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_asymmetric_pairs_dense_and_compressed_inputs(build, fisher):
+    dense, ids = build().eval(), tokens(5, 4)
+    model = copy.deepcopy(dense)
+    before = inputs_of(dense, ids)
+    options = {"fisher": fisher, "heldout_share": 0.0, "sequential": True, "asymmetric": True}
+    for index, group in iter_block_stats(model, [ids], **options):
+        now = inputs_of(model, ids)
+        for name, layer in group.items():
+            assert_close(layer.inputs.cross, before[name].T @ now[name] / 20)
+            if index == 0:
+                assert torch.equal(layer.inputs.cross, layer.inputs.second)
+            else:
+                assert not torch.allclose(layer.inputs.cross, layer.inputs.cross.T)
+        if build is llama:
+            shrink(model, group)
+        else:
+            for name in group:
+                model.get_submodule(name).weight.data *= 0.5
+    plain = [g for _, g in iter_block_stats(dense, [ids], fisher=fisher, sequential=True)]
+    assert all(layer.inputs.cross is None for group in plain for layer in group.values())
+
+
+def test_experts_that_see_other_tokens_get_no_cross_moment():
+    model, ids = unfused(), tokens(5, 8)
+    for index, group in iter_block_stats(model, [ids], fisher=False, sequential=True, asymmetric=True, heldout_share=0):
+        experts = [layer for name, layer in group.items() if "experts" in name]
+        rest = [layer for name, layer in group.items() if "experts" not in name]
+        assert all(layer.inputs.cross is not None for layer in rest)
+        assert index == 0 or any(layer.inputs.cross is None for layer in experts)
+        for name in group:
+            layer = model.get_submodule(name)
+            layer.weight.data = torch.randn(layer.weight.shape, dtype=layer.weight.dtype)
+
+
+def test_asymmetric_needs_sequential():
+    with pytest.raises(StatsError, match=r"asymmetric=True pairs inputs .* needs sequential=True; pass both"):
+        next(iter_block_stats(llama(), [tokens(5, 4)], asymmetric=True))
+
+
 @pytest.mark.parametrize("fisher", [True, False])
 def test_parallel_sees_the_dense_model(fisher):
     dense, ids = llama(3), tokens(5, 4)

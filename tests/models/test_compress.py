@@ -185,3 +185,25 @@ def test_statistics_of_another_model_are_refused(calibrated):
         tnc.compress(model, tnc.recipe("rtn", bits=4, group_size=16), stats=some)
     with pytest.raises(StatsError, match="sequential"):
         tnc.compress(model, tnc.recipe("rtn", bits=4, group_size=16), stats=stats, sequential=True)
+
+
+def test_dense_targets_get_cross_moments_in_sequential_mode():
+    model = tiny_llama()
+    found = {
+        (name, sequential): tnc.compress(
+            model, tnc.recipe(name, bits=2, group_size=16), batches(), fisher=False, sequential=sequential
+        )
+        for name in ("gptq", "gptaq")
+        for sequential in (False, True)
+    }
+    note = "no cross moment of dense and compressed inputs: the target is the weight itself"
+    for key, small in found.items():
+        notes = [
+            note in layer.report["fallbacks"] for layer in small.modules() if isinstance(layer, tnc.FactoredLinear)
+        ]
+        assert all(notes) if key == ("gptaq", False) else not any(notes)
+    ids = torch.cat(batches())
+    dense = logits(model, ids)
+    error = {key: float((logits(small, ids) - dense).square().mean()) for key, small in found.items()}
+    assert error["gptaq", False] == error["gptq", False]
+    assert error["gptaq", True] != error["gptq", True]

@@ -134,7 +134,8 @@ def test_files_that_are_not_these_curves(tmp_path):
 def test_portfolio_names_and_json():
     default = Portfolio.default(group_sizes=(64, 128, None))
     assert set(default.bases) >= {"dense", "none", "int8-row", "int4-g64", "int3-g128", "int2-row"}
-    for made in (default, PORTFOLIO):
+    refined = Portfolio({"x": Base(QuantizeStage(IntFormat(3), method="yaqa", options={"tile": 8}, refine=2))})
+    for made in (default, PORTFOLIO, refined):
         assert Portfolio.from_json(made.to_json()) == made
     with pytest.raises(BudgetError, match="base 'int9' is not in the portfolio of this plan; expected one of dense"):
         default.stages(Choice("int9"))

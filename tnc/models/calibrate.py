@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tnc.errors import ModelError
+from tnc.errors import ModelError, StatsError
 from tnc.models.blocks import BlockCall, BlockWalk, quiet
-from tnc.models.capture import GradientCapture, InputCapture
+from tnc.models.capture import GradientCapture, InputCapture, Slot, recorded_inputs
 from tnc.models.collect import collect
 from tnc.models.hidden_states import HiddenStates
 from tnc.models.labels import loss_gradient
@@ -79,7 +79,8 @@ def calibrate(
 def iter_block_stats(
     model: nn.Module, batches: Iterable[Batch], *, fisher: bool = True, heldout_share: float = 0.1,
     include: Iterable[str] | None = None, exclude: Iterable[str] | None = None, seed: int = 0,
-    sequential: bool = False, memory_limit_bytes: int = 4 * 2**30, progress: Progress | None = None,
+    sequential: bool = False, asymmetric: bool = False, memory_limit_bytes: int = 4 * 2**30,
+    progress: Progress | None = None,
 ) -> Iterator[BlockStats]:  # fmt: skip
     """Statistics block by block: (block index, {layer: statistics}) for each block with selected layers.
 
@@ -89,6 +90,8 @@ def iter_block_stats(
     - ``fisher=True``: **last block to first**, after a forward pass that keeps the input of every block.
     - ``sequential=True``: first to last; a block's H is measured behind the earlier blocks as they are then,
       with the layers the caller has put in. With ``fisher`` all G come first, from the model as given.
+    - ``asymmetric=True`` (with ``sequential``): the inputs of the model as given run along, one pass more a block, and
+      moments hold the ``cross`` moment of both (GPTAQ, arXiv:2504.02692).
 
     Without ``sequential`` every statistic is of the model as given. Hidden states beyond
     ``memory_limit_bytes`` go to temporary files, exactly. The other arguments and the errors are those of
@@ -99,6 +102,11 @@ def iter_block_stats(
     together also keep G of all layers (``m²`` float64 each). Nothing of a block is kept here once it is
     yielded.
     """
+    if asymmetric and not sequential:
+        raise StatsError(
+            "asymmetric=True pairs inputs behind compressed layers with those of the model as given, so it needs "
+            "sequential=True; pass both, or neither."
+        )
     layers = select_layers(model, include, exclude)
     sequences = read_sequences(batches, heldout_share)
     _check_fits(model, sequences)
@@ -106,7 +114,7 @@ def iter_block_stats(
     job = _Job(model, walk, _by_block(layers, walk), sequences, seed, progress)
     with HiddenStates(memory_limit_bytes) as states:
         if not fisher:
-            yield from _forward_stats(job, states, {}, sequential=sequential)
+            yield from _forward_stats(job, states, {}, sequential=sequential, asymmetric=asymmetric)
             return
         _forward_and_label(job, states)
         backwards = range(len(walk.blocks) - 1, min(job.groups) - 1, -1)
@@ -114,7 +122,7 @@ def iter_block_stats(
             gradients: dict[str, Moments] = {}
             for index in backwards:
                 gradients.update(_backward_gradients(job, states, index))
-            yield from _forward_stats(job, states, gradients, sequential=True)
+            yield from _forward_stats(job, states, gradients, sequential=True, asymmetric=asymmetric)
             return
         for index in backwards:
             group = _backward_stats(job, states, index)
@@ -151,7 +159,7 @@ class _Job:
 
 
 def _forward_stats(
-    job: _Job, states: HiddenStates, gradients: Mapping[str, Moments], *, sequential: bool
+    job: _Job, states: HiddenStates, gradients: Mapping[str, Moments], *, sequential: bool, asymmetric: bool
 ) -> Iterator[BlockStats]:
     """First block to last; hidden states of one depth are kept."""
     last = max(job.groups)
@@ -159,7 +167,8 @@ def _forward_stats(
         layers = job.groups.get(index, {})
         captures = InputCapture(layers), InputCapture(layers)
         for number, batch in enumerate(job.sequences):
-            _forward_step(job, states, (index, number), captures[batch.heldout], keep_input=sequential)
+            dense = _dense_step(job, states, (index, number)) if asymmetric else None
+            _forward_step(job, states, (index, number), captures[batch.heldout], dense, keep_input=sequential)
             job.tell("statistics", index * len(job.sequences) + number + 1, (last + 1) * len(job.sequences))
         if layers:
             group = collect(layers, captures, {name: gradients.get(name) for name in layers}, job.tokens)
@@ -172,18 +181,32 @@ def _forward_stats(
 
 
 def _forward_step(
-    job: _Job, states: HiddenStates, place: tuple[int, int], capture: InputCapture, *, keep_input: bool
-) -> None:
+    job: _Job, states: HiddenStates, place: tuple[int, int], capture: InputCapture, dense: Mapping[Slot, Tensor] | None,
+    *, keep_input: bool,
+) -> None:  # fmt: skip
     """One block on one batch: capture its layers' inputs; keep its output, or its input to run it again."""
     index, number = place
     with quiet(job.model), torch.no_grad():
         call = job.call(job.sequences[number], index)
         hidden = states.take(("hidden", index, number)) if index else call.hidden
-        with capture.watching():
+        with capture.watching(dense):
             output = job.walk.run(index, hidden, call)
     if index < max(job.groups):
         key = ("hidden", index, number) if keep_input else ("hidden", index + 1, number)
         states.put(key, hidden if keep_input else output)
+
+
+def _dense_step(job: _Job, states: HiddenStates, place: tuple[int, int]) -> dict[Slot, Tensor]:
+    """Layer inputs of one block on one batch as the model as given has them; keeps its output for the next block."""
+    index, number = place
+    with quiet(job.model), torch.no_grad():
+        call = job.call(job.sequences[number], index)
+        hidden = states.take(("dense", index, number)) if index else call.hidden
+        with recorded_inputs(job.groups.get(index, {})) as found:
+            output = job.walk.run(index, hidden, call)
+    if index < max(job.groups):
+        states.put(("dense", index + 1, number), output)
+    return found
 
 
 def _advance(job: _Job, states: HiddenStates, place: tuple[int, int]) -> None:

@@ -30,33 +30,18 @@ class InputCapture:
         self._slots: dict[str, tuple[Slot, ...]] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, dense: Mapping[Slot, Tensor] | None = None) -> Iterator[None]:
         """Add the inputs of one forward pass of the block, run inside.
+
+        Args:
+            dense: inputs of the same tokens in the uncompressed model, from `recorded_inputs`: cross moments are
+                gathered too.
 
         Raises:
             NonFiniteError: if an input holds NaN or Inf; names the layer.
             ModelError: if layers share an input in one pass and not in another.
         """
-        # The tensors are kept until the pass ends, so that no address is used twice.
-        seen: dict[tuple[object, ...], tuple[Slot, Tensor]] = {}
-        used: dict[str, list[Slot]] = {}
-
-        def hook_of(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x: Tensor = args[0] if args else next(iter(kwargs.values()))
-                key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version)
-                slots = used.setdefault(name, [])
-                if key not in seen:
-                    seen[key] = (name, len(slots)), x
-                    self._add(seen[key][0], x)
-                slots.append(seen[key][0])
-
-            return hook
-
-        with ExitStack() as stack:
-            for name, layer in self._layers.items():
-                handle = layer.register_forward_pre_hook(hook_of(name), with_kwargs=True)
-                stack.callback(handle.remove)
+        with _watched(self._layers, lambda slot, x: self._add(slot, x, (dense or {}).get(slot))) as used:
             yield
         for name, slots in used.items():
             self._check_slots(name, tuple(slots))
@@ -67,12 +52,12 @@ class InputCapture:
         merged = {slots: reduce(Moments.merge, [means[slot] for slot in slots]) for slots in self._slots.values()}
         return {name: merged[slots] for name, slots in self._slots.items()}
 
-    def _add(self, slot: Slot, x: Tensor) -> None:
+    def _add(self, slot: Slot, x: Tensor, dense: Tensor | None) -> None:
         _check_activations(x, slot[0], "input")
         rows = x.detach().reshape(-1, x.shape[-1])  # (tokens, n)
         if slot not in self._sums:
             self._sums[slot] = MomentsAccumulator(rows.shape[1], rows.device)
-        self._sums[slot].add(rows)
+        self._sums[slot].add(rows, None if dense is None else dense.reshape(-1, dense.shape[-1]))
 
     def _check_slots(self, name: str, slots: tuple[Slot, ...]) -> None:
         if self._slots.setdefault(name, slots) != slots:
@@ -80,6 +65,39 @@ class InputCapture:
                 f"layer {name!r} shares its input with {_leaders(self._slots[name])} in one batch and with "
                 f"{_leaders(slots)} in another; expected the same wiring for every batch. Exclude this layer."
             )
+
+
+@contextmanager
+def recorded_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[Slot, Tensor]]:
+    """Copies of the distinct inputs of one forward pass of the block, run inside, by the slots of `InputCapture`."""
+    found: dict[Slot, Tensor] = {}
+    with _watched(layers, lambda slot, x: found.update({slot: x.detach().clone()})):
+        yield found
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module], visit: Callable[[Slot, Tensor], None]) -> Iterator[dict[str, list[Slot]]]:
+    """Visit every distinct input of one forward pass, once; gives the slots of every layer's calls."""
+    # The tensors are kept until the pass ends, so that no address is used twice.
+    seen: dict[tuple[object, ...], tuple[Slot, Tensor]] = {}
+    used: dict[str, list[Slot]] = {}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version)
+            slots = used.setdefault(name, [])
+            if key not in seen:
+                seen[key] = (name, len(slots)), x
+                visit(seen[key][0], x)
+            slots.append(seen[key][0])
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
+        yield used
 
 
 class GradientCapture:

@@ -16,6 +16,7 @@ from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
 from tnc.column_space import spectrum
 from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, MpoStage, Rank, Recipe, decompose
+from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.forms import FormStage
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
@@ -69,7 +70,8 @@ def compress(
         stats: statistics from `calibrate`, used instead of ``batches``.
         fisher: calibrate G too, so that reports are in nats; costs a backward pass.
         heldout_share: share of the sequences kept out of H and G, for the held-out error.
-        sequential: later blocks see the compressed earlier ones; otherwise the dense ones.
+        sequential: later blocks see the compressed earlier ones; otherwise the dense ones. Recipes that aim at the
+            dense outputs (`DenseTarget`, as ``gptaq``) then get both inputs.
         include: glob patterns of layer names; ``None`` is all layers of the blocks.
         exclude: glob patterns of layer names left dense.
         dtype: of stored factors; ``None`` is the dtype of the weight.
@@ -113,7 +115,8 @@ def compress(
     if pooled and stats is None:
         stats = calibrate(target, batches or (), **options)
     chooser = _Uniform(recipe, layers, stats, dtype) if isinstance(recipe, Recipe) else recipe
-    groups = _groups(target, layers, batches, stats, {**options, "sequential": sequential})
+    options |= {"sequential": sequential, "asymmetric": sequential and _aims_at_dense(recipe)}
+    groups = _groups(target, layers, batches, stats, options)
     done = 0
     for group in groups:
         weights = {name: weight_of(layers[name]).detach() for name in group}
@@ -128,6 +131,10 @@ def compress(
                 progress("compress", done, len(layers))
     target.tnc_recipe = recipe.describe()  # type: ignore[assignment]
     return target
+
+
+def _aims_at_dense(recipe: Recipe | Chooser) -> bool:
+    return isinstance(recipe, Recipe) and any(isinstance(each, DenseTarget) for each in recipe.transforms)
 
 
 def _with_base(layers: Mapping[str, nn.Module], bases: Mapping[str, Expression]) -> list[str]:
@@ -218,7 +225,9 @@ def _decomposed(weight: Tensor, recipe: Recipe, stats: LayerStats | None, dtype:
 def _moments(stats: LayerStats | None) -> Iterator[Tensor | str | None]:
     """Everything a decomposition can see of the statistics."""
     for moments in () if stats is None else (stats.inputs, stats.heldout, stats.gradient):
-        yield from (None,) if moments is None else (moments.second, moments.mean_abs, str(moments.tokens))
+        yield from (
+            (None,) if moments is None else (moments.second, moments.mean_abs, str(moments.tokens), moments.cross)
+        )
 
 
 def _swap(model: nn.Module, name: str, layer: nn.Module, found: Record, backend: str) -> None:

@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.recipes import Recipe, RecipeEntry, base_format, register_recipe
 from tnc.decompose.stages import QuantizeStage
+from tnc.decompose.transforms import Transform
 
 _BASE = ("bits", "group_size", "symmetric", "format")
 _SWEEPS = 3  # of refinement: the next three bring another 1.5 % at int2 and int3
 
 
 def _rounded(
-    method: str, *, refine: int = 0, options: Mapping[str, Any] | None = None, **base: Any,  # noqa: ANN401
+    method: str, *, refine: int = 0, options: Mapping[str, Any] | None = None, transforms: tuple[Transform, ...] = (),
+    **base: Any,  # noqa: ANN401
 ) -> Recipe:  # fmt: skip
-    return Recipe("", (QuantizeStage(base_format(**base), method=method, options=options or {}, refine=refine),))
+    stage = QuantizeStage(base_format(**base), method=method, options=options or {}, refine=refine)
+    return Recipe("", (stage,), transforms=transforms)
 
 
 for _name, _summary, _source, _build in (
@@ -26,6 +30,9 @@ for _name, _summary, _source, _build in (
      "arXiv:2210.17323, arXiv:2406.17542", partial(_rounded, "gptq", refine=_SWEEPS)),
     ("yaqa_refined", "yaqa, then codes by coordinate descent and refitted scales in G ⊗ H",
      "arXiv:2505.22988, arXiv:2406.17542", partial(_rounded, "yaqa", refine=_SWEEPS)),
+    ("gptaq", "GPTQ of the least-squares map from compressed inputs to dense outputs; needs sequential calibration "
+     "(closed form instead of the paper's column updates)", "arXiv:2504.02692",
+     partial(_rounded, "gptq", transforms=(DenseTarget(),))),
     ("autoround", "rounding and scales learnt by signed gradients from GPTQ codes, 200 steps in G ⊗ H (a layer's "
      "loss, not a block's; zero points held)", "arXiv:2309.05516",
      partial(_rounded, "autoround", options={"start": "gptq"})),
