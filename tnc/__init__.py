@@ -33,6 +33,7 @@ from tnc.metric import Metric
 from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
 from tnc.models.evaluate import Evaluation, evaluate
+from tnc.models.heal import HealReport, heal
 from tnc.models.planning import error_curves, plan
 from tnc.models.report import ModelReport
 from tnc.models.rotate import rotate_model
@@ -60,6 +61,7 @@ __all__ = [
     "FactorFormats",
     "FactoredLinear",
     "Hadamard",
+    "HealReport",
     "InputPermutation",
     "InputRotation",
     "IntFormat",
@@ -101,6 +103,7 @@ __all__ = [
     "error_curves",
     "evaluate",
     "gptq",
+    "heal",
     "load_base",
     "load_checkpoint",
     "load_stats",

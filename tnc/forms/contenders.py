@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from tnc.decompose import BitsPerWeight, LowRankStage, QuantizeStage, Stage
+from tnc.decompose import BitsPerWeight, LowRankStage, MpoStage, QuantizeStage, Stage
 from tnc.decompose.forms import Form, FormStage, blast, block_low_rank, cp, monarch, tensor_ring, tucker
 from tnc.decompose.stages import MetricOf
 from tnc.formats import IntFormat
@@ -58,6 +58,8 @@ def contenders(
     low_rank = LowRankStage(size, metric=metric, dtype=dtype)
     return (
         Contender("truncated SVD", (low_rank,)),
+        Contender("Kronecker sum (2 cores)", (MpoStage(size, cores=2, metric=metric, dtype=dtype),)),
+        Contender("MPO, 3 cores", (MpoStage(size, cores=3, metric=metric, dtype=dtype),)),
         *(Contender(name, (FormStage(form, size, metric=metric, dtype=dtype),)) for name, form in forms.items()),
         *(Contender(f"int{b}", (base,), fixed_bits=True) for b, base in bases.items()),
         *(Contender(f"int{b} + low rank", (base, low_rank)) for b, base in bases.items()),
