@@ -8,11 +8,11 @@ import tnc
 
 PUBLIC = {
     "RECIPES", "BitsPerWeight", "Bytes", "Decomposition", "Dense", "DenseStage", "Diagonal", "Evaluation", "Exact",
-    "Expression", "FactorFormats", "FactoredLinear", "Hadamard", "HealReport", "InputPermutation", "InputRotation",
-    "IntFormat", "Latency", "LayerReport", "LayerStats", "LowRank", "LowRankStage", "Metric", "ModelReport", "Moments",
-    "Mpo", "MpoStage", "Nats", "NumberFormat", "OutputPermutation", "OutputRotation", "Permutation",
-    "PerplexityIncrease", "Plan", "Portfolio", "Product", "QuantizeStage", "Quantized", "Rank", "Recipe",
-    "RelativeError", "Speedup", "Subspace", "Sum", "TNCError", "TableFormat", "balanced_modes", "calibrate",
+    "Expression", "FactorFormats", "FactoredEmbedding", "FactoredLinear", "Hadamard", "HealReport", "InputPermutation",
+    "InputRotation", "IntFormat", "Latency", "LayerReport", "LayerStats", "LowRank", "LowRankStage", "Metric",
+    "ModelReport", "Moments", "Mpo", "MpoStage", "Nats", "NumberFormat", "OutputPermutation", "OutputRotation",
+    "Permutation", "PerplexityIncrease", "Plan", "Portfolio", "Product", "QuantizeStage", "Quantized", "Rank",
+    "Recipe", "RelativeError", "Speedup", "Subspace", "Sum", "TNCError", "TableFormat", "balanced_modes", "calibrate",
     "compare_forms", "compensate", "compress", "decompose", "error_curves", "evaluate", "gptq", "heal", "load_base",
     "load_checkpoint", "load_stats", "number_format", "parse_budget", "plan", "pooled_ranks", "recipe", "rotate_model",
     "round_mpo", "rtn", "save_checkpoint", "save_stats", "spectrum", "truncated_svd", "tt_svd", "unfuse_experts",

@@ -22,7 +22,7 @@ ORDER = [
     ("planning",),
     ("kernels",),
     ("modules", "experts"),
-    ("forms", "drawing"),
+    ("forms", "drawing", "embedding"),
     ("checkpoint", "testing", "foreign"),
     ("models",),
     ("cluster",),

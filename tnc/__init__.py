@@ -24,6 +24,7 @@ from tnc.decompose import (
     recipe,
     truncated_svd,
 )
+from tnc.embedding import FactoredEmbedding
 from tnc.errors import TNCError
 from tnc.experts import unfuse_experts
 from tnc.foreign import load_base
@@ -59,6 +60,7 @@ __all__ = [
     "Exact",
     "Expression",
     "FactorFormats",
+    "FactoredEmbedding",
     "FactoredLinear",
     "Hadamard",
     "HealReport",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tnc.checkpoint.manifest import read_manifest
 from tnc.checkpoint.shards import read_shards
 from tnc.checkpoint.skeleton import emptied, from_config
+from tnc.embedding import FactoredEmbedding
 from tnc.errors import CheckpointError, TNCError
 from tnc.experts import fused_experts, unfuse_experts
 from tnc.modules import FactoredLinear
@@ -72,9 +73,14 @@ def load_layers(path: str | Path, *, device: torch.device | str = "cpu") -> dict
     loaded = {}
     for name, layer in layers.items():
         bias = tensors[_bias_key(name)] if layer["bias"] else None
-        loaded[name] = FactoredLinear(_operator(folder, name, layer, tensors), bias).to(device).eval()
+        loaded[name] = _module(layer)(_operator(folder, name, layer, tensors), bias).to(device).eval()
         loaded[name].report = layer["report"]
     return loaded
+
+
+def _module(layer: Mapping[str, Any]) -> type[FactoredLinear]:
+    """The class of a layer; earlier checkpoints do not name it."""
+    return FactoredEmbedding if layer.get("module") == "embedding" else FactoredLinear
 
 
 def _keys(name: str, layer: Mapping[str, Any]) -> list[str]:
@@ -98,7 +104,7 @@ def _swap(model: nn.Module, name: str, layer: Mapping[str, Any], operator: Expre
     parent, _, child = name.rpartition(".")
     try:
         dense = model.get_submodule(name)
-        empty = FactoredLinear.from_linear(dense, map_tensors(operator, lambda t: t.to("meta")))
+        empty = _module(layer).from_linear(dense, map_tensors(operator, lambda t: t.to("meta")))
     except (AttributeError, TNCError) as error:
         raise CheckpointError(
             f"layer {name!r} of the checkpoint does not fit {type(model).__name__}: {error} "

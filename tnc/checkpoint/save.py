@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tnc.checkpoint.folder import new_folder
 from tnc.checkpoint.manifest import write_manifest
 from tnc.checkpoint.shards import write_shards
+from tnc.embedding import FactoredEmbedding
 from tnc.errors import CheckpointError
 from tnc.modules import FactoredLinear
 
@@ -109,6 +110,7 @@ def _describe(name: str, layer: FactoredLinear, report: Mapping[str, Any] | None
     return {
         "shape": list(operator.shape),
         "bias": layer.bias is not None,
+        **({"module": "embedding"} if isinstance(layer, FactoredEmbedding) else {}),
         "spec": operator.spec(),
         "tensors": {each: f"{name}.{each.replace('.', '_')}".lstrip(".") for each in operator.tensors()},
         "report": None if report is None else dict(report),
