@@ -125,6 +125,11 @@ class FactoredLinear(nn.Module):
         y = self._kernel(x, self._tensors())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel that serves the layer."""
+        return next(c.name for c in self._candidates if c.chosen)
+
     def explain(self) -> str:
         """Text for people: the expression, its size, each kernel and why it was chosen or not."""
         rows, columns = self._shape

@@ -11,12 +11,14 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from tnc.cli import console
+from tnc.cli.bench import run_bench
 from tnc.cli.compress import CompressOptions, run_compress
 from tnc.cli.demo import run_demo
 from tnc.cli.draw import DrawOptions, run_draw
 from tnc.cli.evaluate import run_evaluate
 from tnc.cli.forms import FormsOptions, run_forms
 from tnc.cli.inspect import run_inspect
+from tnc.cli.plan import PlanOptions, run_plan
 from tnc.decompose import RECIPES
 from tnc.errors import TNCError
 
@@ -51,8 +53,9 @@ def _friendly(command: F) -> F:
 @_friendly
 def compress(
     model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
-    recipe: Annotated[str, typer.Option(help="A name from `tnc recipes`.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    recipe: Annotated[str | None, typer.Option(help="A name from `tnc recipes`.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Instead of --recipe: a file of `tnc plan`, edited or not.")] = None,
     calib: Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")] = None,
     text: Annotated[str | None, typer.Option(help="Held-out text: measures KL to the dense model.")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
@@ -91,10 +94,80 @@ def compress(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
             symmetric=symmetric or None, format=number_format, rank=rank, cores=cores, error=error, bpw=bpw,
             stats=stats, sequences=sequences, context=context, fisher=fisher, sequential=sequential, include=include,
-            exclude=exclude, seed=seed, device=device, base=base,
+            exclude=exclude, seed=seed, device=device, base=base, plan=plan,
         ),
         as_json=as_json,
     )  # fmt: skip
+
+
+@app.command()
+@_friendly
+def plan(
+    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="bpw=3.5, bytes=1.2GB, nats=0.02, ppl=+2%, error=0.02, latency=12ms or speedup=2x; repeatable."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Plan file to write, for tnc compress --plan.")] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="Print the whole front of error against bits.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Folder to write: a static page and its picture.")] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Calibration text (.txt or .xz), if there are no statistics.")
+    ] = None,
+    stats: Annotated[Path | None, typer.Option(help="Statistics file: read if it exists, else written.")] = None,
+    curves: Annotated[Path | None, typer.Option(help="Error curves: read if there; default beside --stats.")] = None,
+    text: Annotated[str | None, typer.Option(help="Held-out text: nats= and ppl= are then met as measured.")] = None,
+    limit: Annotated[int, typer.Option(help="Score only the first LIMIT windows of --text.")] = 64,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")] = 64,
+    method: Annotated[str, typer.Option(help="Quantizer of the integer bases.")] = "gptq",
+    fused: Annotated[bool, typer.Option("--fused", help="q/k/v and gate/up take one base.")] = False,
+    keep_dense: Annotated[list[str] | None, typer.Option(help="Layer name pattern left dense; repeatable.")] = None,
+    served_ranks: Annotated[bool, typer.Option("--served-ranks", help="Only ranks that serving stacks have.")] = False,
+    table: Annotated[Path | None, typer.Option(help="Latency table of tnc bench --table.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens a call, for latency= and speedup=.")] = 1,
+    exact: Annotated[bool, typer.Option("--exact", help="Close the gap with HiGHS.")] = False,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    context: Annotated[int | None, typer.Option(help="Tokens a sequence; default 512 or the model's limit.")] = None,
+    fisher: Annotated[bool, typer.Option(help="Calibrate gradients too: predictions in nats.")] = True,
+    include: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled windows and labels.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Choose base, rank and factor bits of every layer under a budget.
+
+    Error curves are measured once and kept beside the statistics; further budgets then take about a second.
+    """
+    run_plan(
+        PlanOptions(
+            model=model, budgets=budget or [], out=out, pareto=pareto, report=report, calib=calib, stats=stats,
+            curves=curves, text=text, limit=limit, group_size=group_size, method=method, fused=fused,
+            keep_dense=keep_dense or [], served_ranks=served_ranks, table=table, tokens=tokens, exact=exact,
+            sequences=sequences, context=context, fisher=fisher, include=include, exclude=exclude, seed=seed,
+            device=device,
+        ),
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+@_friendly
+def bench(
+    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
+    table: Annotated[Path, typer.Option(help="Latency table to write, for tnc plan --table.")],
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens a call; repeatable. Default 1 and 32.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(help="Ranks; repeatable. Default 0, 16 and 64.")] = None,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each point, after a first one.")] = 7,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time the layers of a model in every form of the portfolio on this device."""
+    run_bench(model, table, tokens=tokens or [1, 32], ranks=ranks or [0, 16, 64], group_size=group_size,
+              repeats=repeats, device=device, as_json=as_json)  # fmt: skip
 
 
 @app.command("eval")

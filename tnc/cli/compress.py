@@ -12,20 +12,25 @@ import torch
 from torch import nn
 
 from tnc.checkpoint import Journal, check_output_folder, save_checkpoint
+from tnc.checkpoint.save import stored_tensors
 from tnc.cli import console
+from tnc.cli.calibration import calibration_data
 from tnc.cli.sources import context_of, open_model, open_text, resolve_device
 from tnc.decompose import BitsPerWeight, QuantizeStage, Recipe, RelativeError, Size, recipe
 from tnc.errors import RecipeError
 from tnc.foreign import load_base
-from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
 from tnc.models.evaluate import evaluate, model_bytes
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.report import ModelReport
-from tnc.models.text import calibration_batches, token_windows
-from tnc.stats import LayerStats
-from tnc.stats_file import load_stats, save_stats
+from tnc.models.text import token_windows
+from tnc.planning import Plan, shortfalls
 from tnc.terms import Expression
+
+_NOT_WITH_PLAN = (
+    "recipe", "bits", "group_size", "symmetric", "format", "rank", "cores", "error", "bpw", "base", "include",
+    "exclude",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class CompressOptions:
     """What the user asked for; see ``tnc compress --help``."""
 
     model: str
-    recipe: str
+    recipe: str | None
     out: Path
     calib: str | None
     text: str | None
@@ -55,12 +60,13 @@ class CompressOptions:
     seed: int
     device: str
     base: Path | None = None
+    plan: Path | None = None
 
 
 def run_compress(options: CompressOptions, *, as_json: bool) -> None:
     """Compress, save and report."""
     start = time.perf_counter()
-    chosen = _recipe(options)
+    chosen = _recipe(options) if options.plan is None else _plan(options, options.plan)
     check_output_folder(options.out)
     device = resolve_device(options.device)
     model, tokenizer = open_model(options.model, device=device)
@@ -73,7 +79,7 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
             f"{journal.folder} holds {len(journal)} finished layers of an earlier run; those of this run are kept."
         )
     with console.progress_bars() as progress:
-        data = _data(options, model, tokenizer, progress)
+        data = calibration_data(options, model, tokenizer, progress)
         small = compress(
             model, chosen, **data, fisher=options.fisher, sequential=options.sequential, include=options.include,
             exclude=options.exclude, dtype=stored, seed=options.seed, inplace=True, progress=progress, journal=journal,
@@ -87,18 +93,38 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
     )
     journal.clear()
     seconds = time.perf_counter() - start
-    result = {"out": str(path), "model_bytes": model_bytes(small), **measured, **report.to_json(), "seconds": seconds}
+    total = sum(t.numel() * t.element_size() for t in stored_tensors(small).values())
+    told = () if isinstance(chosen, Recipe) else shortfalls(chosen, report.layers, total_bytes=total)
+    result = {
+        "out": str(path),
+        "model_bytes": model_bytes(small),
+        "shortfalls": list(told),
+        **measured,
+        **report.to_json(),
+        "seconds": seconds,
+    }
     if as_json:
         console.print_json(result)
     else:
         _print(result)
 
 
-def _bases(options: CompressOptions, chosen: Recipe, model: nn.Module) -> Mapping[str, Expression] | None:
+def _plan(options: CompressOptions, path: Path) -> Plan:
+    """The plan of ``--plan``, which stands in the place of a recipe and its sizes."""
+    given = [name for name in _NOT_WITH_PLAN if getattr(options, name)]
+    if given:
+        raise RecipeError(
+            f"--plan says what every layer becomes; leave out {', '.join('--' + g.replace('_', '-') for g in given)}, "
+            "or edit the plan."
+        )
+    return Plan.load(path)
+
+
+def _bases(options: CompressOptions, chosen: Recipe | Plan, model: nn.Module) -> Mapping[str, Expression] | None:
     """The layers of ``--base``, checked against the model."""
     if options.base is None:
         return None
-    if any(isinstance(stage, QuantizeStage) for stage in chosen.stages):
+    if isinstance(chosen, Recipe) and any(isinstance(stage, QuantizeStage) for stage in chosen.stages):
         raise RecipeError(
             f"--base brings a quantized base and recipe {chosen.name!r} makes one of its own; use --recipe compensate."
         )
@@ -126,6 +152,8 @@ def _measured(
 
 
 def _recipe(options: CompressOptions) -> Recipe:
+    if options.recipe is None:
+        raise RecipeError("tnc compress needs --recipe NAME (see tnc recipes), or --plan FILE (see tnc plan).")
     sizes: list[Size] = []
     if options.rank is not None:
         sizes.append(options.rank)
@@ -146,39 +174,6 @@ def _stored_dtype(model: nn.Module) -> torch.dtype:
     return weight_of(next(iter(select_layers(model).values()))).dtype
 
 
-def _data(options: CompressOptions, model: nn.Module, tokenizer: Any, progress: console.Report) -> dict[str, Any]:  # noqa: ANN401
-    """``stats`` or ``batches`` for `compress`; neither without calibration text."""
-    if options.stats is not None and options.stats.exists():
-        return {"stats": load_stats(options.stats)}
-    if options.calib is None:
-        return {}
-    context = context_of(model) if options.context is None else options.context
-    text = open_text(options.calib, "calibration")
-    batches = calibration_batches(tokenizer, text, context=context, seed=options.seed)
-    windows = sum(len(batch) for batch in batches)
-    if windows > options.sequences:
-        batches = calibration_batches(
-            tokenizer, text, context=context, sequences=options.sequences, seed=options.seed
-        )  # fmt: skip
-    elif windows < options.sequences:
-        console.note(f"all {windows} full windows of {context} tokens are used; {options.sequences} were asked for.")
-    if options.stats is None:
-        return {"batches": batches}
-    return {"stats": _calibrated(options, model, batches, progress)}
-
-
-def _calibrated(
-    options: CompressOptions, model: nn.Module, batches: list[torch.Tensor], progress: console.Report
-) -> dict[str, LayerStats]:
-    assert options.stats is not None
-    stats = calibrate(
-        model, batches, fisher=options.fisher, include=options.include, exclude=options.exclude, seed=options.seed,
-        progress=progress,
-    )  # fmt: skip
-    save_stats(stats, options.stats)
-    return stats
-
-
 def _print(result: dict[str, Any]) -> None:
     console.say(f"{result['out']}: {result['recipe']}")
     rows = [
@@ -196,6 +191,8 @@ def _print(result: dict[str, Any]) -> None:
         ("seconds", console.fixed(result["seconds"], 1)),
     ]
     console.print_table("Compressed", ("mean over layers, as stored", "value"), rows)
+    for shortfall in result["shortfalls"]:
+        console.say(f"  {shortfall}")
     for name, layer in result["layers"].items():
         for fallback in layer["fallbacks"]:
             console.say(f"  {name}: {fallback}")

@@ -214,7 +214,7 @@ class Problem:
             why = _why(self, menu, found, at)
             layers[name] = LayerPlan(option.choice, layer.shape, option.bits, nats, option.heldout_error, share,
                                      seconds, why)  # fmt: skip
-        notes = tuple(f"{name}: {note}" for name, layer in self.table.layers.items() for note in layer.notes)
+        notes = _notes(self.table)
         if minimised == "bits":
             notes = (f"minimised bits: {found.cost:.0f}, at least {found.lower_bound:.0f}", *notes)
         if self.objective == "relative":
@@ -224,6 +224,18 @@ class Problem:
             found.lower_bound, scale=self.scale, other_bytes=self.table.other_bytes, dtype=self.table.dtype,
             fingerprint=self.table.fingerprint, notes=notes,
         )  # fmt: skip
+
+
+def _notes(table: CurveTable) -> tuple[str, ...]:
+    """Notes of the layers' curves, the same note of several layers once."""
+    found: dict[str, list[str]] = {}
+    for name, layer in table.layers.items():
+        for note in layer.notes:
+            found.setdefault(note, []).append(name)
+    return tuple(
+        f"{names[0]}{f' and {len(names) - 1} more layers' if len(names) > 1 else ''}: {note}"
+        for note, names in found.items()
+    )
 
 
 def _seconds(clock: Clock, table: CurveTable, allowed: Mapping[str, tuple[Option, ...]]) -> Floats:
@@ -243,7 +255,8 @@ def _why(problem: Problem, menu: Menu, found: Allocation, at: int) -> str:
     """The option of this layer that came second, and what it would have cost."""
     place = np.arange(problem.first[at], problem.first[at + 1])
     chosen = found.chosen[at]
-    rest = place[place != chosen]
+    same = (problem.bits[place] == problem.bits[chosen]) & (problem.error[place] == problem.error[chosen])
+    rest = place[(place != chosen) & ~same]
     if not len(rest):
         return "the only option allowed"
     multiplier = 0.0 if np.isnan(found.multiplier) else found.multiplier
