@@ -27,6 +27,11 @@ from tnc.models.text import token_windows
 from tnc.planning import Plan, shortfalls
 from tnc.terms import Expression
 
+_NOT_WITH_PLAN = (
+    "recipe", "bits", "group_size", "symmetric", "format", "rank", "cores", "error", "bpw", "base", "include",
+    "exclude",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class CompressOptions:
@@ -106,8 +111,7 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
 
 def _plan(options: CompressOptions, path: Path) -> Plan:
     """The plan of ``--plan``, which stands in the place of a recipe and its sizes."""
-    given = [name for name in ("recipe", "bits", "group_size", "symmetric", "format", "rank", "cores", "error", "bpw", "base",
-                               "include", "exclude") if getattr(options, name)]  # fmt: skip
+    given = [name for name in _NOT_WITH_PLAN if getattr(options, name)]
     if given:
         raise RecipeError(
             f"--plan says what every layer becomes; leave out {', '.join('--' + g.replace('_', '-') for g in given)}, "

@@ -1,0 +1,117 @@
+"""Planning on the command line, on the embedded model: one calibration, several budgets, an edited plan."""
+
+import itertools
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tnc.cli import app
+
+pytest.importorskip("transformers")
+run = CliRunner()
+LAYERS = ("--include", "*.1.self_attn.*", "--include", "*.0.mlp.down_proj")
+
+
+def call(*arguments, code=0):
+    result = run.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Statistics, curves and a plan of five layers of the embedded model."""
+    path = tmp_path_factory.mktemp("plan")
+    result = call("plan", "demo", "--budget", "bpw=3.5", "--stats", path / "stats.safetensors", "--calib", "demo",
+                  "--sequences", 4, "--context", 128, "--out", path / "plan.json", "--json", *LAYERS)  # fmt: skip
+    (path / "result.json").write_text(result.stdout)
+    return path
+
+
+def again(folder, *arguments, code=0):
+    return call("plan", "demo", "--stats", folder / "stats.safetensors", *LAYERS, *arguments, code=code)
+
+
+def test_json_has_the_promised_fields(folder):
+    found = json.loads((folder / "result.json").read_text())
+    assert found["bits_per_weight"] <= 3.5
+    assert found["lower_bound"] <= found["value"]
+    assert found["planning_seconds"] < 5
+    assert len(found["layers"]) == 5
+    layer = found["layers"]["model.layers.0.mlp.down_proj"]
+    assert {"base", "rank", "factors", "bits", "nats", "error", "share", "why"} <= set(layer)
+    assert (folder / "stats.curves.safetensors").is_file()
+    assert json.loads((folder / "plan.json").read_text())["layers"] == found["layers"]
+
+
+def test_front_picture_and_page(folder):
+    output = again(folder, "--pareto", "--budget", "bpw=4.5", "--report", folder / "report").output
+    assert "bits/weight" in output
+    assert "no choice is better than" in output
+    assert (folder / "report" / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    page = (folder / "report" / "index.html").read_text()
+    assert "plan(bpw=4.5)" in page
+    assert "model.layers.0.mlp.down_proj" in page
+    front = json.loads(again(folder, "--pareto", "--json").stdout)["front"]
+    assert all(a["value"] > b["value"] for a, b in itertools.pairwise(front))
+
+
+def test_compress_by_a_plan_and_by_an_edited_one(folder):
+    base = ("compress", "demo", "--stats", folder / "stats.safetensors", "--plan")
+    done = json.loads(call(*base, folder / "plan.json", "--out", folder / "small", "--json").stdout)
+    planned = json.loads((folder / "plan.json").read_text())
+    assert done["bits_per_weight"] == planned["bits_per_weight"]
+    assert done["shortfalls"] == []
+    assert done["predicted_nats"] == pytest.approx(planned["predicted_nats"], rel=0.05)
+    planned["layers"]["model.layers.0.mlp.down_proj"] |= {"base": "dense", "rank": 0}
+    (folder / "edited.json").write_text(json.dumps(planned))
+    edited = call(*base, folder / "edited.json", "--out", folder / "edited")
+    assert "the budget bpw=3.5 is not met: it is" in " ".join(edited.output.split())
+    manifest = json.loads(call("inspect", folder / "edited", "--json").stdout)
+    assert manifest["recipe"] == "plan(bpw=3.5, edited)"
+    assert manifest["layers"]["model.layers.0.mlp.down_proj"]["spec"]["kind"] == "dense"
+
+
+def test_nats_are_met_as_measured(folder):
+    found = json.loads(again(folder, "--budget", "nats=0.01", "--text", "demo", "--limit", 2, "--json").stdout)
+    assert found["measured"]["kl"] <= 0.01
+    assert found["predicted_nats"] == pytest.approx(found["measured"]["kl"])
+
+
+def test_latency_table_and_budget(folder):
+    table = folder / "latency.json"
+    call("bench", "demo", "--table", table, "--tokens", 1, "--ranks", 0, "--ranks", 16, "--repeats", 1, "--json")
+    found = json.loads(again(folder, "--budget", "speedup=0.02", "--table", table, "--json").stdout)
+    assert all(layer["seconds"] > 0 for layer in found["layers"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "tnc plan needs --budget"),
+        (("--budget", "size=3"), "budget 'size=3' is unknown; expected one of bpw=3.5"),
+        (("--budget", "bpw=0.1"), "below the smallest reachable"),
+        (("--budget", "bpw=99"), "above the largest option"),
+        (("--budget", "bpw=4", "--group-size", 32), "are stale"),
+        (("--budget", "latency=1ms"), "needs measured times"),
+        (("--budget", "nats=0.1", "--text", "demo", "--limit", 0), "leaves no window"),
+    ],
+)
+def test_mistakes_are_explained(folder, arguments, message):
+    assert message in " ".join(again(folder, *arguments, code=2).output.split())
+
+
+def test_statistics_are_asked_for(tmp_path):
+    assert "needs --stats FILE" in call("plan", "demo", "--budget", "bpw=4", code=2).output
+    missing = call("plan", "demo", "--budget", "bpw=4", "--stats", tmp_path / "x.safetensors", code=2)
+    assert "pass --calib TEXT" in " ".join(missing.output.split())
+
+
+def test_recipe_or_plan(folder):
+    both = call(
+        "compress", "demo", "--plan", folder / "plan.json", "--recipe", "rtn", "--bits", 4, "--out", "x", code=2
+    )
+    assert "leave out --recipe, --bits" in " ".join(both.output.split())
+    neither = call("compress", "demo", "--out", "x", code=2)
+    assert "needs --recipe NAME" in " ".join(neither.output.split())
