@@ -193,7 +193,7 @@ def test_an_interrupted_run_goes_on(folder, monkeypatch):
         "--out",
         out,
     )
-    real, calls = compress_driver.decompose, []
+    real, calls = compress_driver.decompose_by, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -201,7 +201,7 @@ def test_an_interrupted_run_goes_on(folder, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(compress_driver, "decompose", interrupted)
+    monkeypatch.setattr(compress_driver, "decompose_by", interrupted)
     assert "nothing was written under the final name" in call(*asked, code=130).output
     assert (not out.exists(), len(list(resume.iterdir()))) == (True, 4)
     assert "4 finished layers" in call(*asked).output
@@ -220,3 +220,12 @@ def test_a_quantized_folder_is_compensated(folder):
     layer = found["layers"]["model.layers.0.self_attn.q_proj"]
     assert (layer["rank"], layer["bits"], len(found["layers"])) == (4, 4, 8)
     assert layer["relative_error"] > 0
+
+
+def test_the_best_at_a_budget_of_bits(folder):
+    asked = ("compress", folder / "dense", "--calib", folder / "calib.txt", "--recipe", "best-at-bits")
+    found = json.loads(call(*asked, "--budget", "bpw=5", "--out", folder / "best", "--json").stdout)
+    assert found["bits_per_weight"] <= 5
+    assert all("best of" in " ".join(layer["choices"]) for layer in found["layers"].values())
+    message = call(*asked, "--budget", "nats=0.1", "--out", folder / "other", code=2).output
+    assert "use tnc plan" in message.replace("\n", " ")

@@ -14,11 +14,11 @@ from tnc.decompose import (
     Rank,
     RecipeEntry,
     compensate,
-    decompose,
     recipe,
     register_recipe,
     truncated_svd,
 )  # fmt: skip
+from tnc.decompose.best import decompose_by
 from tnc.errors import FormatError, RecipeError
 from tnc.formats import IntFormat, TableFormat
 from tnc.metric import Metric
@@ -30,14 +30,14 @@ FORMAT = IntFormat(3, group_size=8)
 
 
 def build(name, rank=4):
-    size = BitsPerWeight(8) if name.endswith("_pooled") else rank
+    size = BitsPerWeight(8) if name.endswith(("_pooled", "_bits")) else rank
     options = {"bits": 3, "group_size": 8, "rank": size, "blocks": 2}
     return recipe(name, **{k: v for k, v in options.items() if k in RECIPES[name].options})
 
 
 def run(name, rank=4):
     built = build(name, rank)
-    return decompose(PROBLEM.weight, built.stages, PROBLEM.stats(), sweeps=built.sweeps)
+    return decompose_by(PROBLEM.weight, built, PROBLEM.stats())
 
 
 def test_the_published_ones_are_there():

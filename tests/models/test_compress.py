@@ -44,6 +44,7 @@ def logits(model, ids):
 # An option that a recipe takes gets its value here; a recipe that needs others has a row of its own.
 VALUES = {"bits": 3, "group_size": 16, "rank": 4, "blocks": 4}
 OWN = {
+    "best_at_bits": {"rank": tnc.BitsPerWeight(5)},
     "svd_pooled": {"rank": tnc.BitsPerWeight(20)}, "mpo_pooled": {"rank": tnc.BitsPerWeight(20)},
     "mpo_low_rank": {"rank": tnc.BitsPerWeight(20)}, "mpo": {"rank": 2, "cores": 3},
 }  # fmt: skip

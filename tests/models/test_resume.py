@@ -29,8 +29,8 @@ def killed_after(layers):
 def counted(monkeypatch):
     """Names of nothing, counts of everything: how many layers were decomposed."""
     calls = []
-    real = driver.decompose
-    monkeypatch.setattr(driver, "decompose", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = driver.decompose_by
+    monkeypatch.setattr(driver, "decompose_by", lambda *a, **k: calls.append(1) or real(*a, **k))
     return calls
 
 

@@ -68,6 +68,7 @@ def compress(
     cores: Annotated[int | None, typer.Option(help="Cores of a matrix product operator; default 2.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --rank: largest relative error of a layer.")] = None,
     bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The same as bpw=3.3; other budgets: tnc plan.")] = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -93,8 +94,8 @@ def compress(
         CompressOptions(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
             symmetric=symmetric or None, format=number_format, rank=rank, cores=cores, error=error, bpw=bpw,
-            stats=stats, sequences=sequences, context=context, fisher=fisher, sequential=sequential, include=include,
-            exclude=exclude, seed=seed, device=device, base=base, plan=plan,
+            budget=budget, stats=stats, sequences=sequences, context=context, fisher=fisher, sequential=sequential,
+            include=include, exclude=exclude, seed=seed, device=device, base=base, plan=plan,
         ),
         as_json=as_json,
     )  # fmt: skip

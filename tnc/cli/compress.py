@@ -24,12 +24,12 @@ from tnc.models.evaluate import evaluate, model_bytes
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.report import ModelReport
 from tnc.models.text import token_windows
-from tnc.planning import Plan, shortfalls
+from tnc.planning import Plan, parse_budget, shortfalls
 from tnc.terms import Expression
 
 _NOT_WITH_PLAN = (
     "recipe", "bits", "group_size", "symmetric", "format", "rank", "cores", "error", "bpw", "base", "include",
-    "exclude",
+    "exclude", "budget",
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class CompressOptions:
     cores: int | None
     error: float | None
     bpw: float | None
+    budget: str | None
     stats: Path | None
     sequences: int
     context: int | None
@@ -161,12 +162,21 @@ def _recipe(options: CompressOptions) -> Recipe:
         sizes.append(RelativeError(options.error))
     if options.bpw is not None:
         sizes.append(BitsPerWeight(options.bpw))
+    if options.budget is not None:
+        sizes.append(_bits(options.budget))
     if len(sizes) > 1:
-        raise RecipeError(f"--rank, --error and --bpw exclude each other; got {len(sizes)} of them. Keep one.")
+        raise RecipeError(f"--rank, --error, --bpw, --budget exclude each other; got {len(sizes)} of them. Keep one.")
     return recipe(
         options.recipe, bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
         format=options.format, rank=sizes[0] if sizes else None, cores=options.cores,
     )  # fmt: skip
+
+
+def _bits(text: str) -> BitsPerWeight:
+    budget = parse_budget(text)
+    if not isinstance(budget, BitsPerWeight):
+        raise RecipeError(f"--budget {text} is no number of bits, all that a recipe takes; use tnc plan for it.")
+    return budget
 
 
 def _stored_dtype(model: nn.Module) -> torch.dtype:

@@ -29,6 +29,8 @@ class Recipe:
         pooled: budget in bits per weight over the whole model, spent by `tnc.planning.pooled_ranks`; the last
             stage's rank is then replaced for each layer. ``None`` uses the stages as they are everywhere.
         transforms: changes of basis around the stages, the first outermost.
+        candidates: recipes that each layer tries in the place of stages of its own (`tnc.decompose.best`).
+        limit: stored bits that a candidate may take.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Recipe:
     options: Mapping[str, Any] | None = None
     pooled: BitsPerWeight | None = None
     transforms: tuple[Transform, ...] = ()
+    candidates: tuple[Recipe, ...] = ()
+    limit: BitsPerWeight | None = None
 
     def describe(self) -> str:
         """Name and arguments on one line."""

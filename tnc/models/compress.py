@@ -16,6 +16,7 @@ from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
 from tnc.column_space import spectrum
 from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, MpoStage, Rank, Recipe, decompose
+from tnc.decompose.best import decompose_by
 from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.forms import FormStage
 from tnc.errors import ModelError, StatsError
@@ -204,7 +205,7 @@ def _finished(
     """The decomposed layer: from the journal if it is there, else computed and recorded."""
     if journal is None:
         return _decomposed(weight, recipe, stats, dtype)
-    fitted_by = repr((recipe.stages, recipe.sweeps, recipe.transforms, dtype))
+    fitted_by = repr((recipe.stages, recipe.sweeps, recipe.transforms, recipe.candidates, recipe.limit, dtype))
     given = [t for s in recipe.stages if isinstance(s, GivenStage) for t in s.term.tensors().values()]
     key = digest([version("tnc"), fitted_by, weight, *_moments(stats), *given])
     record = journal.find(key)
@@ -216,7 +217,7 @@ def _finished(
 
 
 def _decomposed(weight: Tensor, recipe: Recipe, stats: LayerStats | None, dtype: torch.dtype | None) -> Record:
-    found = decompose(weight, recipe.stages, stats, sweeps=recipe.sweeps, transforms=recipe.transforms)
+    found = decompose_by(weight, recipe, stats)
     if found.operator.storage_bits > _dense_bits(weight, dtype):
         found = _kept_dense(weight, found, stats, dtype)
     return Record(found.operator, found.report.to_json())
@@ -260,7 +261,7 @@ def _staged(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
         else stage
         for stage in recipe.stages
     )
-    return replace(recipe, stages=stages)
+    return replace(recipe, stages=stages, candidates=tuple(_staged(each, dtype) for each in recipe.candidates))
 
 
 def _pool(

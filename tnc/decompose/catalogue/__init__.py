@@ -5,6 +5,7 @@ stages. Where a recipe departs from its paper, the summary says so.
 """
 
 from tnc.decompose.catalogue import (  # noqa: F401  they register their rows
+    best,
     low_rank,
     networks,
     quantized,

@@ -1,0 +1,69 @@
+"""The best of several recipes, layer by layer, within the same bits."""
+
+import pytest
+import torch
+from strategies_matrices import well_conditioned
+
+from tnc.decompose import BitsPerWeight, QuantizeStage, Recipe, decompose, recipe
+from tnc.decompose.best import decompose_by, price
+from tnc.errors import BudgetError, RecipeError
+from tnc.formats import IntFormat
+
+PROBLEM = well_conditioned(48, 64, 0, fisher=True)
+
+
+def rounded(bits, group=16, method="gptq"):
+    return Recipe(f"{method} int{bits} g{group}", (QuantizeStage(IntFormat(bits, group), method=method),))
+
+
+def of(*candidates, limit=None):
+    return Recipe("mine", (), candidates=candidates, limit=None if limit is None else BitsPerWeight(limit))
+
+
+def test_without_candidates_it_is_decompose():
+    mine = recipe("eora", bits=3, group_size=16, rank=4)
+    a = decompose_by(PROBLEM.weight, mine, PROBLEM.stats())
+    b = decompose(PROBLEM.weight, mine.stages, PROBLEM.stats())
+    assert torch.equal(a.operator.to_dense(), b.operator.to_dense())
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+def test_the_winner_has_the_least_price(fisher):
+    problem = well_conditioned(48, 64, 1, fisher=fisher)
+    trials = [rounded(3), rounded(3, method="rtn"), rounded(3, method="yaqa"), rounded(2)]
+    each = [decompose_by(problem.weight, trial, problem.stats()) for trial in trials]
+    best = decompose_by(problem.weight, of(*trials), problem.stats())
+    assert price(best.report) == min(price(e.report) for e in each)
+    assert best.report.choices[-2].startswith("best of 4: ")
+    assert all(trial.name in best.report.choices[-1] for trial in trials)
+
+
+def test_candidates_above_the_limit_do_not_win():
+    best = decompose_by(PROBLEM.weight, of(rounded(8), rounded(3), limit=5), PROBLEM.stats())
+    assert best.report.bits == 3
+
+
+def test_candidates_that_do_not_fit_a_layer_are_passed_over():
+    best = decompose_by(PROBLEM.weight, of(rounded(4, 48), rounded(3)), PROBLEM.stats())
+    assert best.report.bits == 3
+    with pytest.raises(BudgetError, match=r"none of 1 candidates of recipe 'mine' fits weight .*group_size=48"):
+        decompose_by(PROBLEM.weight, of(rounded(4, 48)), PROBLEM.stats())
+
+
+@pytest.mark.parametrize("bits", [2.6, 3.3, 4.3, 5.5])
+def test_best_at_bits_is_at_or_below_the_single_recipes_at_its_bits(bits):
+    found = decompose_by(PROBLEM.weight, recipe("best_at_bits", rank=BitsPerWeight(bits)), PROBLEM.stats())
+    assert found.report.bits_per_weight <= bits
+    for name in ("rtn", "gptq"):
+        for group in (None, 64, 32, 16):
+            single = recipe(name, bits=int(bits), group_size=group)
+            other = decompose_by(PROBLEM.weight, single, PROBLEM.stats())
+            if other.report.bits_per_weight <= bits and group != 16:
+                assert price(found.report) <= price(other.report) * 1.0001
+
+
+def test_best_at_bits_needs_bits():
+    with pytest.raises(RecipeError, match=r"needs BitsPerWeight\(b\)"):
+        recipe("best_at_bits", rank=4)
+    with pytest.raises(RecipeError, match="below every base; ask for more than 2 bits"):
+        recipe("best_at_bits", rank=BitsPerWeight(1.5))

@@ -1,0 +1,73 @@
+"""`best_at_bits`: a small portfolio at a given number of stored bits, the winner of each layer on held-out tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tnc.decompose.recipes import Recipe, RecipeEntry, register_recipe
+from tnc.decompose.sizes import BitsPerWeight, Size
+from tnc.decompose.stages import LowRankStage, QuantizeStage
+from tnc.decompose.transforms import InputRotation, OutputRotation, Transform
+from tnc.errors import RecipeError
+from tnc.formats import SUPPORTED_BITS, IntFormat
+
+_GROUPS: tuple[int | None, ...] = (32, 64, 128, None)  # finest first: the first that fits the bits is taken
+_FACTORS = IntFormat(4)
+_SWEEPS = 3  # of refinement
+_ROTATED: tuple[Transform, ...] = (InputRotation(), OutputRotation())
+_SIGNS = 0.02  # bits a weight that the signs of two rotations may take; what is too much fails the limit
+
+
+def _base_bits(bits: int, group: int | None) -> float:
+    """Bits of codes, 16-bit scale and zero point a weight; rows are taken as long."""
+    return bits + (0.0 if group is None else (16 + bits) / group)
+
+
+def _fitting(limit: float, bits: int) -> list[int | None]:
+    """Group sizes whose bits fit, finest first."""
+    return [group for group in _GROUPS if _base_bits(bits, group) < limit]
+
+
+def _candidates(limit: BitsPerWeight) -> Iterator[Recipe]:
+    """The widest base that fits, and the next narrower one with 4-bit factors in what is left, rotated and not."""
+    widths = [bits for bits in SUPPORTED_BITS if _fitting(limit.value, bits)]
+    if not widths:
+        raise RecipeError(f"best_at_bits({limit}) is below every base; ask for more than {min(SUPPORTED_BITS)} bits.")
+    for transforms, prefix in (((), ""), (_ROTATED, "rotated ")):
+        room = limit.value - (_SIGNS if transforms else 0.0)
+        for group in _fitting(room, widths[-1])[:2]:
+            yield _quantized(f"{prefix}int{widths[-1]} {_named(group)}", widths[-1], group, transforms)
+        for bits in widths[-2:]:
+            for group in _fitting(room, bits)[-2:]:
+                yield _compensated(f"{prefix}int{bits} {_named(group)} + L×R", bits, group, limit, transforms)
+
+
+def _named(group: int | None) -> str:
+    return "a row" if group is None else f"g{group}"
+
+
+def _quantized(name: str, bits: int, group: int | None, transforms: tuple[Transform, ...]) -> Recipe:
+    stage = QuantizeStage(IntFormat(bits, group), method="yaqa", refine=_SWEEPS)
+    return Recipe(name, (stage,), transforms=transforms)
+
+
+def _compensated(
+    name: str, bits: int, group: int | None, limit: BitsPerWeight, transforms: tuple[Transform, ...]
+) -> Recipe:
+    base = QuantizeStage(IntFormat(bits, group), method="yaqa", refine=_SWEEPS)
+    return Recipe(name, (base, LowRankStage(limit, factor_format=_FACTORS)), transforms=transforms)
+
+
+def _best(*, rank: Size) -> Recipe:
+    if not isinstance(rank, BitsPerWeight):
+        raise RecipeError(f"best_at_bits(rank={rank!r}) needs BitsPerWeight(b): the bits of every layer.")
+    return Recipe("", (), candidates=tuple(_candidates(rank)), limit=rank)
+
+
+register_recipe(
+    "best_at_bits",
+    RecipeEntry(
+        "two-sided rounding with refinement, rotated or not, with 4-bit factors or not: what held-out tokens prefer",
+        "arXiv:2505.22988, arXiv:2402.04396, arXiv:2405.18886; MATH.md section 0", ("rank",), _best,
+    ),
+)  # fmt: skip
