@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from tnc.errors import BackendError, ShapeError
 from tnc.formats import IntFormat
-from tnc.kernels import Kernel, backends, register_kernel, table
+from tnc.kernels import Kernel, register_kernel, table
 from tnc.modules import FactoredLinear
 from tnc.terms import (
     Dense,
@@ -27,7 +27,7 @@ from tnc.terms import (
     map_tensors,
 )  # fmt: skip
 
-BACKENDS = [name for name in backends() if name != "auto"]
+BACKENDS = ["einsum", "reference"]  # the rows that serve every operator on every device
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -214,7 +214,7 @@ def test_x_that_does_not_fit_names_both_sizes(x):
 
 
 def test_unknown_backend_lists_the_valid_ones():
-    with pytest.raises(BackendError, match=r"unknown backend 'cuda'; expected one of auto, einsum, reference"):
+    with pytest.raises(BackendError, match=r"unknown backend 'cuda'; expected one of auto, einsum, .*reference"):
         FactoredLinear(q_plus_lr(), backend="cuda")
 
 

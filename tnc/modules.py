@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnc.errors import BackendError, ShapeError
-from tnc.kernels import choose
+from tnc.kernels import Repacking, choose
 from tnc.terms import Expression, Product, Quantized, Sum, from_spec
 
 
@@ -24,6 +24,10 @@ class FactoredLinear(nn.Module):
     only their device follows: neither the storage bits nor the error can change unnoticed. The output has the
     dtype of ``x``, whatever is stored. The kernel is chosen when the module is built, moved, or loaded onto
     another device.
+
+    A kernel may want codes in a layout of its own (`tnc.kernels.Repacking`). Then the module keeps that layout *in
+    the place of* the buffers, not beside them, so memory is not doubled; ``state_dict()``, ``operator`` and every
+    move unpack the tensors bit for bit, and ``load_state_dict()`` takes them as ever.
 
     Args:
         operator: the expression, (out_features, in_features).
@@ -47,6 +51,9 @@ class FactoredLinear(nn.Module):
         self._spec = operator.spec()
         self._shape = operator.shape
         self._backend = backend
+        self._bits = operator.storage_bits
+        self._repacked = False  # whether the tensors are in the kernel's layout
+        self._packed: tuple[str, ...] = ()  # names of those that stand in the place of the operator's
         self._stored = {name: name.replace(".", "_") for name in operator.tensors()}
         assert len(set(self._stored.values())) == len(self._stored), "stored names must differ"
         for name, tensor, trainable in _named_tensors(operator):
@@ -103,13 +110,13 @@ class FactoredLinear(nn.Module):
 
     @property
     def operator(self) -> Expression:
-        """The expression rebuilt from the current tensors, which it shares with the module."""
-        return from_spec(self._spec, self._tensors())
+        """The expression rebuilt from the current tensors, which it shares with the module unless they are repacked."""
+        return from_spec(self._spec, self._portable())
 
     @property
     def storage_bits(self) -> int:
         """Bits stored in the place of the weight; the bias is not counted."""
-        return self.operator.storage_bits
+        return self._bits
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``: (..., in_features) to (..., out_features), in the dtype of ``x``.
@@ -161,12 +168,21 @@ class FactoredLinear(nn.Module):
             self.register_buffer(name, _copy(tensor))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, stored) for name, stored in self._stored.items()}
+        """What the kernel is called with: the operator's tensors, or the kernel's own layout."""
+        held = {name: getattr(self, stored) for name, stored in self._stored.items()}
+        kept = {name: tensor for name, tensor in held.items() if tensor is not None}
+        return kept | {name: getattr(self, _packed(name)) for name in self._packed}
+
+    def _portable(self) -> dict[str, Tensor]:
+        """The operator's tensors."""
+        held = self._tensors()
+        return self._kernel.unpack(held) if self._repacked and isinstance(self._kernel, Repacking) else held
 
     def _device(self) -> torch.device:
         return next((tensor.device for tensor in self._tensors().values()), torch.device("cpu"))
 
     def _expect(self, dtype: torch.dtype) -> None:
+        self._unpack()
         self._dtype = dtype
         self._bind()
 
@@ -174,6 +190,35 @@ class FactoredLinear(nn.Module):
         self._bound_device = self._device()
         operator = from_spec(self._spec, self._tensors())
         self._kernel, self._candidates = choose(operator, self._bound_device, self._dtype, backend=self._backend)
+        if isinstance(self._kernel, Repacking):
+            self._pack(self._kernel)
+
+    def _pack(self, kernel: Repacking) -> None:
+        """Hold the kernel's layout in the place of the buffers that it replaces."""
+        packed = kernel.pack(self._tensors())
+        for name, stored in self._stored.items():
+            if name not in packed:
+                self.register_buffer(stored, None)
+            else:
+                _relayout(getattr(self, stored), packed[name])
+        self._packed = tuple(name for name in packed if name not in self._stored)
+        self._repacked = True
+        for name in self._packed:
+            self.register_buffer(_packed(name), packed[name], persistent=False)
+
+    def _unpack(self) -> None:
+        """Hold the operator's tensors again."""
+        if not self._repacked:
+            return
+        portable = self._portable()
+        for name, stored in self._stored.items():
+            if getattr(self, stored) is None:
+                self.register_buffer(stored, portable[name])
+            else:
+                _relayout(getattr(self, stored), portable[name])
+        for name in self._packed:
+            delattr(self, _packed(name))
+        self._packed, self._repacked = (), False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
         """Move the tensors but keep their dtype; the dtype asked for is the one expected of ``x``."""
@@ -182,15 +227,39 @@ class FactoredLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._unpack()
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._expect(fn(torch.empty(0, dtype=self._dtype)).dtype)
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The operator's tensors and the bias, whatever layout is held."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._repacked and not keep_vars:
+            portable = self._portable()
+            destination.update({prefix + stored: portable[name].detach() for name, stored in self._stored.items()})
+        elif self._repacked:
+            portable = self._portable()
+            missing = {name: stored for name, stored in self._stored.items() if getattr(self, stored) is None}
+            destination.update({prefix + stored: portable[name] for name, stored in missing.items()})
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Load, and bind again if tensors were assigned from another device (``meta`` to a real one)."""
+        """Load, and bind again if the layout is the kernel's or tensors were assigned from another device."""
+        repacked = self._repacked
+        self._unpack()
         super()._load_from_state_dict(*args, **kwargs)
-        if self._device() != self._bound_device:
+        if repacked or self._device() != self._bound_device:
             self._bind()
+
+
+def _relayout(held: Tensor, wanted: Tensor) -> None:
+    """Give a held tensor the memory of ``wanted``, which has its values in another order; it stays the same object."""
+    if held.data_ptr() != wanted.data_ptr() or held.stride() != wanted.stride():
+        held.data = wanted.detach()
+
+
+def _packed(name: str) -> str:
+    return f"packed_{name}"
 
 
 def _named_tensors(expression: Expression, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:

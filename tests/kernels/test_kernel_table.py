@@ -27,8 +27,9 @@ def row(name, priority, reason=None):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """The table with rows of ours beside the real ones, put back afterwards."""
-    monkeypatch.setattr(table, "_KERNELS", dict(table._KERNELS))
+    """The table with rows of ours beside those that serve everything, put back afterwards."""
+    everywhere = {name: table._KERNELS[name] for name in ("einsum", "reference")}
+    monkeypatch.setattr(table, "_KERNELS", everywhere)
     return table._KERNELS
 
 
@@ -37,7 +38,7 @@ def chosen(**kwargs):
 
 
 def test_the_table_holds_reference_and_einsum():
-    assert backends() == ("auto", "einsum", "reference")
+    assert {"auto", "einsum", "reference"} <= set(backends())
     assert chosen() == "einsum"
     assert chosen(backend="reference") == "reference"
     assert chosen(backend=" Einsum ") == "einsum"
@@ -89,7 +90,7 @@ def test_serves_sees_operator_device_and_dtype(rows):
     assert seen == [(OPERATOR, CPU, torch.float16)]
 
 
-def test_unknown_backend_lists_the_valid_ones():
+def test_unknown_backend_lists_the_valid_ones(rows):
     message = r"unknown backend 'trition'; expected one of auto, einsum, reference"
     with pytest.raises(BackendError, match=message):
         choose(OPERATOR, CPU, torch.float32, backend="trition")

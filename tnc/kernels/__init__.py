@@ -1,14 +1,20 @@
 """Kernels: implementations of ``y = W x`` for expressions, in one table."""
 
+from importlib.util import find_spec
+
 from tnc.kernels import einsum, reference
 from tnc.kernels.einsum import Plan, plan
-from tnc.kernels.table import Bound, Candidate, Kernel, Tensors, backends, choose, register_kernel
+from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, backends, choose, register_kernel
+
+if find_spec("triton") is not None:  # the optional rows of the table
+    from tnc.kernels import low_rank, mpo2, qlr  # noqa: F401
 
 __all__ = [
     "Bound",
     "Candidate",
     "Kernel",
     "Plan",
+    "Repacking",
     "Tensors",
     "backends",
     "choose",

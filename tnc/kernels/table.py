@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,21 @@ class Bound(Protocol):
         """One line for `tnc.FactoredLinear.explain`: what runs, and when."""
 
 
+@runtime_checkable
+class Repacking(Bound, Protocol):
+    """A bound kernel that reads tensors in a layout of its own.
+
+    Whoever holds the tensors keeps what `pack` returns *in the place of* the operator's, calls the kernel with it,
+    and gets the operator's tensors back by `unpack`: nothing is held twice.
+    """
+
+    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The tensors in the kernel's layout; those that it reads as they are keep their name and identity."""
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Inverse of `pack`, bit for bit."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One row of the table.
@@ -40,7 +55,8 @@ class Kernel:
         name: the ``backend`` that names it; lower case.
         serves: (operator, device, dtype of x) to ``None``, or to the reason why this kernel cannot run it.
             It looks at the structure and the shapes only, never at values: tensors may be on ``meta``.
-        bind: prepares the kernel for an operator; the result keeps no tensor.
+        bind: prepares the kernel for an operator; the result keeps no tensor. If it is `Repacking`, it is called
+            with the tensors that its ``pack`` returns.
         priority: ``backend="auto"`` takes the highest that serves.
     """
 

@@ -1,0 +1,77 @@
+"""What every Triton launch needs to know: the device, zeroed counters, sizes of tiles."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tnc.errors import BackendError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_ARENA = 1 << 20  # counters set aside a device for captured graphs: 4 MB
+
+
+def tile_of(size: int, *, least: int = 16, most: int = 1 << 20) -> int:
+    """Smallest power of two that holds ``size``, between ``least`` and ``most``."""
+    return max(least, min(most, 1 << max(size - 1, 0).bit_length()))
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 4 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@lru_cache(maxsize=64)
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it ends (programmatic dependent launch, Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class Counters:
+    """Zeroed int32 counters of one device; every kernel leaves them at zero.
+
+    Kernels that run one after another on a stream share counters. A launch that is captured into a graph gets
+    its own for good, because graphs may be replayed side by side.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams: dict[int, Tensor] = {}
+        self._arena = torch.zeros(_ARENA if device.type == "cuda" else 0, dtype=torch.int32, device=device)
+        self._used = 0
+
+    def take(self, count: int) -> Tensor:
+        """``count`` counters for one launch on the current stream.
+
+        Raises:
+            BackendError: if the arena for captured launches is used up.
+        """
+        if self._device.type != "cuda":
+            return torch.zeros(count, dtype=torch.int32)
+        if torch.cuda.is_current_stream_capturing():
+            return self._from_arena(count)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        held = self._streams.get(stream)
+        if held is None or held.numel() < count:
+            held = self._streams[stream] = torch.zeros(max(count, 4096), dtype=torch.int32, device=self._device)
+        return held
+
+    def _from_arena(self, count: int) -> Tensor:
+        start, self._used = self._used, self._used + 32 * math.ceil(count / 32)
+        if self._used > _ARENA:
+            raise BackendError(
+                f"CUDA graphs captured on {self._device} took all {_ARENA} counters that fused kernels set aside; "
+                'capture fewer launches in one process, or use backend="einsum" for some layers.'
+            )
+        return self._arena[start : start + count]
+
+
+@lru_cache(maxsize=64)
+def counters(device: torch.device) -> Counters:
+    """The counters of a device; made on first use, which must not be inside a graph capture."""
+    return Counters(device)

@@ -1,0 +1,94 @@
+"""``tnc::qlr``: Q + L R as one operator for autograd, ``torch.compile``, CUDA graphs and export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tnc.kernels.qlr_launch import Packed, rebuild, tile, vector
+from tnc.kernels.words import codes_of, groups_of
+
+VECTOR_TOKENS = 2  # up to here float32 FMA
+TILE_TOKENS = 64  # up to here one fused launch; more rebuild the weight once and multiply
+
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight by torch alone, in ``dtype`` or float32, whichever is wider: for dtypes no kernel takes."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    planes = (packed.low, packed.high) if packed.bits == 3 else (packed.low,)
+    _, columns, _ = packed.shape
+    scale, zero = groups_of(packed.groups, torch.float16 if packed.half else torch.bfloat16)
+    group = torch.arange(columns, device=scale.device) // packed.group
+    codes = codes_of(planes, packed.bits, columns).to(dtype)
+    weight = scale.to(dtype)[:, group] * (codes - zero.to(dtype)[:, group])
+    return weight + packed.left.to(dtype) @ packed.right.to(dtype)
+
+
+def run(x: Tensor, packed: Packed) -> Tensor:
+    """(tokens, in_features) to (tokens, out_features): the kernel that is fastest for this many tokens."""
+    tokens = x.shape[0]
+    if tokens == 0:
+        return x.new_empty(0, packed.shape[0])
+    if x.dtype == torch.float64:
+        return linear(x, dense(packed, x.dtype))
+    if tokens <= VECTOR_TOKENS:
+        return vector(x, packed)
+    if tokens <= TILE_TOKENS and x.dtype != torch.float32:
+        return tile(x, packed)
+    return linear(x, rebuild(packed, x.dtype))
+
+
+@torch.library.custom_op("tnc::qlr", mutates_args=())
+def qlr(
+    x: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int, half: bool
+) -> Tensor:
+    """``x (dequant(Q) + L R)^T`` for x (tokens, in_features); the rest as in `Packed`."""
+    packed = Packed(low, high, groups, left.contiguous(), right.contiguous(), bits, group, half)
+    return run(x.contiguous(), packed)
+
+
+@qlr.register_fake
+def _(
+    x: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int, half: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], low.shape[1])
+
+
+@torch.library.custom_op("tnc::qlr_weight", mutates_args=())
+def qlr_weight(
+    like: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int,
+    half: bool,
+) -> Tensor:  # fmt: skip
+    """``dequant(Q) + L R`` in the dtype of ``like``."""
+    packed = Packed(low, high, groups, left.contiguous(), right.contiguous(), bits, group, half)
+    return dense(packed, like.dtype) if like.dtype == torch.float64 else rebuild(packed, like.dtype)
+
+
+@qlr_weight.register_fake
+def _(
+    like: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int,
+    half: bool,
+) -> Tensor:  # fmt: skip
+    return like.new_empty(low.shape[1], right.shape[1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+    ctx.save_for_backward(*inputs[:6])
+    ctx.numbers = inputs[6:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    x, low, high, groups, left, right = ctx.saved_tensors
+    wants_x, _, _, _, wants_left, wants_right = ctx.needs_input_grad[:6]
+    to_x = grad @ qlr_weight(grad, low, high, groups, left, right, *ctx.numbers) if wants_x else None
+    to_left = (grad.T @ linear(x, right.to(x.dtype))).to(left.dtype) if wants_left else None
+    to_right = ((grad @ left.to(x.dtype)).T @ x).to(right.dtype) if wants_right else None
+    return to_x, None, None, None, to_left, to_right, None, None, None
+
+
+qlr.register_autograd(_backward, setup_context=_setup)
