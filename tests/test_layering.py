@@ -1,6 +1,7 @@
 """Imports inside ``tnc`` go one way."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,12 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module_name(p) for p in FILES}
+
+
 def imported(path: Path, tree: ast.AST) -> list[tuple[ast.AST, str]]:
     """Every ``tnc`` module a file imports, with the node."""
     found = []
-    modules = {module_name(p) for p in FILES}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(node, a.name) for a in node.names if a.name.split(".")[0] == "tnc"]
@@ -54,10 +57,11 @@ def imported(path: Path, tree: ast.AST) -> list[tuple[ast.AST, str]]:
             assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
             if (node.module or "").split(".")[0] == "tnc":
                 names = [f"{node.module}.{a.name}" for a in node.names]
-                found += [(node, name if name in modules else node.module) for name in names]
+                found += [(node, name if name in MODULES else node.module) for name in names]
     return found
 
 
+@cache
 def parsed() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
