@@ -10,6 +10,7 @@ import tnc
 from tnc.decompose import DenseStage, QuantizeStage
 from tnc.errors import BudgetError, ModelError, StatsError
 from tnc.formats import IntFormat
+from tnc.models.replan import Replanner
 from tnc.planning import Base, Choice, CurveTable, KeepDense, Rules, edit, plan_curves, shortfalls
 
 PORTFOLIO = tnc.Portfolio(
@@ -159,3 +160,21 @@ def test_missing_statistics_are_named(calibrated):
 def test_curve_table_names_its_dtype(calibrated):
     assert isinstance(calibrated[2], CurveTable)
     assert calibrated[2].dtype == "bfloat16"
+
+
+def test_replanning_spends_what_is_left(calibrated):
+    model, _, curves = calibrated
+    budget = tnc.BitsPerWeight(4.0)
+    way = Replanner(curves, budget)
+    first = way.plan
+    small = tnc.compress(model, way, batches(), sequential=True, dtype=torch.bfloat16)
+    report = tnc.ModelReport.of(small)
+    assert report.bits_per_weight == way.plan.bits_per_weight <= 4.0
+    assert report.recipe == "replanned(bpw=4)"
+    block = [name for name in way.names if ".0." in name]
+    assert all(way.plan.layers[name].nats == pytest.approx(first.layers[name].nats, rel=1e-6) for name in block
+               if way.plan.layers[name].choice == first.layers[name].choice)  # fmt: skip
+    later = [name for name in way.names if ".1." in name]
+    assert any(way.plan.layers[name].nats != first.layers[name].nats for name in later)
+    with pytest.raises(StatsError, match="pass batches to compress"):
+        tnc.compress(model, Replanner(curves, budget))

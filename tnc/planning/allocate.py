@@ -188,18 +188,28 @@ def _take_what_fits(menu: Menu, chosen: Integers, steps: Integers, limit: float)
     """Go on through the segments behind the first that does not fit; a unit that was passed over stays."""
     chosen = chosen.copy()
     for _ in range(_ROUNDS):
-        rest = limit - menu.usage[chosen].sum()
         if not len(steps):
             break
+        rest = limit - menu.usage[chosen].sum()
         units = menu.unit[steps]
-        previous = _previous(chosen, steps, units)
-        price = menu.usage[steps] - menu.usage[previous]
+        price = menu.usage[steps] - menu.usage[_previous(chosen, steps, units)]
+        kept = _before_first(price > rest, units, menu.units)
+        steps, units, price = steps[kept], units[kept], price[kept]
         fits = int(np.searchsorted(price.cumsum(), rest, side="right"))
         chosen[units[:fits]] = steps[:fits]
         if fits == len(steps):
             break
         steps = steps[fits + 1 :][units[fits + 1 :] != units[fits]]
     return chosen
+
+
+def _before_first(wrong: NDArray[np.bool_], units: Integers, count: int) -> NDArray[np.bool_]:
+    """Whether no entry of the same unit up to this one is wrong."""
+    first = np.full(count, len(wrong))
+    at = np.flatnonzero(wrong)
+    np.minimum.at(first, units[at], at)
+    before: NDArray[np.bool_] = np.arange(len(wrong)) < first[units]
+    return before
 
 
 def _previous(chosen: Integers, steps: Integers, units: Integers) -> Integers:
