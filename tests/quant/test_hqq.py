@@ -4,7 +4,8 @@ import torch
 from tnc.errors import FormatError
 from tnc.formats import IntFormat, TableFormat, number_format
 from tnc.quant import hqq, rtn
-from tnc.quant.hqq import _shrink
+from tnc.quant.clip import fit_grid
+from tnc.quant.hqq import _refit, _shrink
 from tnc.testing import check_quantizer
 
 
@@ -51,6 +52,22 @@ def test_gains_over_the_full_range_as_published():
         ratios.append(loss(weight, hqq(weight, None, IntFormat(3, 64), clip_ratios=(1.0,)).term, 0.7)
                       / loss(weight, first, 0.7))  # fmt: skip
     assert sum(ratios) / len(ratios) < 0.95
+
+
+def test_zero_points_and_scales_are_least_squares_where_nothing_is_shrunk():
+    weight = heavy_tailed(0, 4, 16)
+    format = IntFormat(3, 16)
+    grid = fit_grid(weight, format, clip_ratios=(1.0,))
+    codes = grid.quantize(weight)
+    refitted = _refit(weight, grid, format.layout((4, 16)), 0.7, 1e-9)
+    scaled = weight / grid.scale.float()
+    for row in range(4):
+        errors = [float((codes[row].float() - zero - scaled[row]).square().sum()) for zero in range(8)]
+        zero = errors.index(min(errors))
+        assert int(refitted.zero[row, 0]) == zero
+        levels = codes[row].float() - zero
+        best = float((levels @ weight[row]) / (levels @ levels))
+        assert float(refitted.scale[row, 0]) == pytest.approx(best, rel=2**-10)
 
 
 def test_obeys_the_laws_of_quantizers():

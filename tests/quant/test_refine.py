@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import pytest
 import torch
@@ -58,9 +59,32 @@ def test_never_a_larger_error(seed, format, kind, rows, columns, scale, tokens):
     assert squared(weight, better, stats) <= squared(weight, term, stats)
 
 
+@pytest.mark.parametrize("block", [3, 128])
+@pytest.mark.parametrize("kind", ["inputs", "both"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sweep_alone_never_raises_the_error(kind, seed, block, monkeypatch):
+    # nearly collinear inputs and gradients: moves in one batch get into each other's way
+    monkeypatch.setattr(sys.modules[refine.__module__], "_BLOCK", block)
+    rows, columns = 24, 32
+    generator = torch.Generator().manual_seed(seed)
+    sides = [
+        torch.ones(n, n, dtype=torch.float64) + 0.05 * hessian_of(n, 2 * n, generator, 0.2) for n in (columns, rows)
+    ]
+    stats = LayerStats.from_hessian(sides[0], sides[1] if kind == "both" else None, tokens=9)
+    weight = weight_of(seed, rows, columns)
+    term, metric = rtn(weight, IntFormat(4, 8), clip_ratios=(1.0,)), _Sides.of(Metric.auto(stats), (rows, columns))
+    errors = [squared(weight, term, stats)]
+    for _ in range(3):
+        term = _swept(weight, term, metric)
+        errors.append(squared(weight, term, stats))
+    assert errors[1] < errors[0]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
+
+
 @pytest.mark.parametrize("kind", ["inputs", "both"])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_single_code_can_be_moved_at_the_end(kind, seed):
+def test_no_single_code_can_be_moved_at_the_end(kind, seed, monkeypatch):
+    monkeypatch.setattr(sys.modules[refine.__module__], "_BLOCK", 3)
     rows, columns = 4, 8
     weight, stats = weight_of(seed, rows, columns), stats_of(seed, rows, columns, kind)
     term = rtn(weight, IntFormat(2, 8), stats=stats)

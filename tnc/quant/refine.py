@@ -33,8 +33,8 @@ def refine(
     Coordinate descent: entry (i, j) goes to the grid point nearest to ``q_ij + (G E H)_ij / (G_ii H_jj)``, the best
     value with all other entries held. Without G a batch is one column, whose rows are independent. With G it
     holds one entry of every row, coupled by ``G_ik H_jl``; where their moves together would take less than half the
-    sum of their gains, only those are made whose own gain exceeds their coupling with all others. Scales are
-    refitted after every sweep (`refit_scales`). Sweeps end when one brings less than 0.1 %.
+    sum of their gains, only those are made whose own gain exceeds their coupling with all others, or else the one
+    of largest gain. Scales are refitted after every sweep (`refit_scales`). Sweeps end when one brings less than 0.1 %.
 
     Args:
         weight: (m, n) finite, any float dtype.
@@ -174,6 +174,7 @@ def _moves(
     if float(mutual.sum()) <= 0.5 * float(gain[at].sum()):
         return at, step[at]
     alone = gain[at] > mutual.abs().sum(1)
+    alone[gain[at].argmax()] |= not bool(alone.any())
     return at[alone], step[at[alone]]
 
 
