@@ -129,7 +129,7 @@ def test_formats_fit(data, columns):
     assert columns % whole.group_of(columns) == 0 and data.draw(int_formats()).group_size is None
 
 
-@pytest.mark.parametrize("kind", [*(f"int{b}" for b in SUPPORTED_BITS), *TABLES])
+@pytest.mark.parametrize("kind", [*(f"int{b}" for b in SUPPORTED_BITS), *TABLES, "trellis2", "trellis3", "trellis4"])
 def test_every_kind_of_format_is_drawn(kind):
     def named(format):
         return format.describe().split()[0] == kind

@@ -8,9 +8,10 @@ from tnc.formats.packing import pack, pack_ternary, packed_length, unpack, unpac
 from tnc.formats.scale import SCALES, FloatScale, ScaleFormat, scale_format
 from tnc.formats.table import TableFormat
 from tnc.formats.tables import TABLES
+from tnc.formats.trellis import CODES, TrellisFormat
 
 __all__ = [
-    "FORMATS", "SCALES", "SUPPORTED_BITS", "TABLES", "FloatScale", "IntFormat", "Layout", "NumberFormat", "ScaleFormat",
-    "TableFormat", "format_from_spec", "number_format", "pack", "pack_ternary", "packed_length", "register_format",
+    "CODES", "FORMATS", "SCALES", "SUPPORTED_BITS", "TABLES", "FloatScale", "IntFormat", "Layout", "NumberFormat", "ScaleFormat",
+    "TableFormat", "TrellisFormat", "format_from_spec", "number_format", "pack", "pack_ternary", "packed_length", "register_format",
     "scale_format", "unpack", "unpack_ternary",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from tnc.errors import FormatError
 from tnc.formats.integer import SUPPORTED_BITS, IntFormat
 from tnc.formats.number import NumberFormat
 from tnc.formats.table import TableFormat
+from tnc.formats.trellis import TrellisFormat
 
 FORMATS: dict[str, NumberFormat] = {
     **{f"int{bits}": IntFormat(bits) for bits in SUPPORTED_BITS},
@@ -22,6 +23,7 @@ FORMATS: dict[str, NumberFormat] = {
     "fp8_e5m2_tensor": TableFormat("e5m2", group_rows=None, scale="float32"),
     "fp8_e4m3_block": TableFormat("e4m3", 128, group_rows=128, scale="float32"),
     "ternary": TableFormat("ternary"),
+    **{f"trellis{bits}": TrellisFormat(bits) for bits in (2, 3, 4)},
 }
 """Formats by name; without a group size of its own a format has one scale a row."""
 

@@ -84,6 +84,11 @@ class NumberFormat(abc.ABC):
         return None
 
     @property
+    def has_exact_zero(self) -> bool:
+        """Whether every entry of a block can be exactly 0."""
+        return True
+
+    @property
     def scales(self) -> ScaleFormat:
         """Storage of the scales."""
         return scale_format(self.scale)

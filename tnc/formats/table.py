@@ -66,6 +66,11 @@ class TableFormat(NumberFormat):
         """Stored bits a code."""
         return 1.6 if self.levels == 3 else float(math.ceil(math.log2(self.levels)))
 
+    @property
+    def has_exact_zero(self) -> bool:
+        """Whether 0 is in the table."""
+        return 0.0 in self.values
+
     def describe(self) -> str:
         """Such as ``nf4 g64``."""
         kind = self.table if isinstance(self.table, str) else f"table of {self.levels}"

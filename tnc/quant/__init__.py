@@ -10,10 +10,27 @@ from tnc.quant.order import ORDERS
 from tnc.quant.refine import refine
 from tnc.quant.registry import QUANTIZERS, QuantizerEntry, QuantizerResult, quantizer, register_quantizer
 from tnc.quant.rtn import rtn
+from tnc.quant.trellis import TrellisLevels
 from tnc.quant.yaqa import yaqa
 
 __all__ = [
-    "CLIP_RATIOS", "ORDERS", "QUANTIZERS", "Grid", "QuantizerEntry", "QuantizerResult", "autoround", "fit_grid", "gptq",
-    "gptq_with_notes", "grid_lower_bound", "hqq", "learned_clipping", "quantizer", "refine", "register_quantizer",
-    "rtn", "yaqa",
+    "CLIP_RATIOS",
+    "ORDERS",
+    "QUANTIZERS",
+    "Grid",
+    "QuantizerEntry",
+    "QuantizerResult",
+    "TrellisLevels",
+    "autoround",
+    "fit_grid",
+    "gptq",
+    "gptq_with_notes",
+    "grid_lower_bound",
+    "hqq",
+    "learned_clipping",
+    "quantizer",
+    "refine",
+    "register_quantizer",
+    "rtn",
+    "yaqa",
 ]  # fmt: skip

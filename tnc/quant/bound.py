@@ -40,7 +40,7 @@ def grid_lower_bound(weight: Tensor, grid: Grid | Quantized, hessian: Tensor) ->
     check_quantizable(weight, grid.format, None)
     features = weight.shape[1]
     check_same_shape(hessian.shape, (features,) * hessian.ndim, "hessian", f"weight {tuple(weight.shape)}")
-    squared = _nearest_squared_errors(weight.double(), grid)
+    squared = grid.least_squared_errors(weight)  # of each column
     hessian = hessian.to(weight.device, torch.float64)
     slack = features * torch.finfo(torch.float64).eps
     if hessian.ndim == 1:
@@ -50,12 +50,6 @@ def grid_lower_bound(weight: Tensor, grid: Grid | Quantized, hessian: Tensor) ->
         return 0.0
     hessian, squared = hessian[live][:, live], squared[live]
     return max(_bound(hessian, d, squared, slack) for d in _candidates(hessian))
-
-
-def _nearest_squared_errors(weight: Tensor, grid: Grid) -> Tensor:
-    """(n,) sum over rows of the squared distance to the nearest grid point, float64."""
-    nearest = grid.dequantize(grid.quantize(weight), dtype=torch.float64)
-    return (weight - nearest).square().sum(0)
 
 
 def _candidates(hessian: Tensor) -> Iterator[Tensor]:

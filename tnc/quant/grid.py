@@ -81,6 +81,13 @@ class Grid:
         scale, zero = self._placed(dtype, index, codes)
         return _flat(scale * self.format.decode(self._grouped(codes, index), zero, dtype), codes)
 
+    def least_squared_errors(self, columns: Tensor) -> Tensor:
+        """(n,) float64, for every column of a weight (m, n) at most the squared error of any codes on this grid."""
+        index = torch.arange(columns.shape[1], device=columns.device)
+        self._check(columns, None)
+        levels = self.levels(torch.float64, index, len(columns))
+        return levels.least_squared_errors(columns.double())
+
     def term(self, codes: Tensor) -> Quantized:
         """The term with these codes (m, n)."""
         return Quantized.from_codes(codes, self.scale, self.zero, self.format, self.outer)

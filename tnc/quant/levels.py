@@ -48,6 +48,9 @@ class Levels(Protocol):
     def codes(self, chosen: Tensor) -> Tensor:
         """Codes of chosen levels, uint8."""
 
+    def least_squared_errors(self, values: Tensor) -> Tensor:
+        """(c,) float64, at most the squared error of any codes on the columns ``values`` (m, c)."""
+
     def columns(self) -> Columns:
         """The same levels, where the entries are columns (m, c)."""
 
@@ -78,6 +81,10 @@ class AffineLevels:
     def at(self, pick: Callable[[Tensor], Tensor]) -> AffineLevels:
         """Some of the entries."""
         return AffineLevels(pick(self.scale), pick(self.low), pick(self.high))
+
+    def least_squared_errors(self, values: Tensor) -> Tensor:
+        """The squared error of the nearest levels."""
+        return (values - self.values(self.nearest(values))).square().sum(0)
 
     def columns(self) -> Columns:
         """Column by column."""
@@ -143,6 +150,10 @@ class TableLevels:
     def at(self, pick: Callable[[Tensor], Tensor]) -> TableLevels:
         """Some of the entries."""
         return TableLevels(pick(self.scale), self.table)
+
+    def least_squared_errors(self, values: Tensor) -> Tensor:
+        """The squared error of the nearest levels."""
+        return (values - self.values(self.nearest(values))).square().sum(0)
 
     def columns(self) -> Columns:
         """Column by column."""

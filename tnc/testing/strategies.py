@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnc.formats import SUPPORTED_BITS, TABLES, IntFormat, NumberFormat, TableFormat
+from tnc.formats import SUPPORTED_BITS, TABLES, IntFormat, NumberFormat, TableFormat, TrellisFormat
 from tnc.testing.matrices import HESSIANS, SPECTRA, make_hessian, make_weight
 from tnc.testing.problems import METRICS, WeightedProblem, make_problem
 
@@ -143,12 +143,15 @@ def _group_sizes(in_features: int | None) -> st.SearchStrategy[int | None]:
 
 @st.composite
 def _formats(draw: st.DrawFn, in_features: int) -> NumberFormat:
-    kind = draw(st.sampled_from(("int", "table", "blocks")))
+    kind = draw(st.sampled_from(("int", "table", "blocks", "trellis")))
     scale = draw(st.sampled_from(("half", "uint8", "bfloat16", "float32")))
     pad = draw(st.booleans())
     group = draw(st.sampled_from((2, 3, 5, 16)) if pad else _group_sizes(in_features))
     if kind == "int":
         return replace(draw(int_formats()), group_size=group, scale=scale, pad=pad)
+    if kind == "trellis":
+        bits, digits, length = (draw(st.sampled_from(each)) for each in ((2, 3, 4), (2, 1, 3), (256, 1, 9)))
+        return TrellisFormat(bits, bits * digits, length=length, group_size=group, scale=scale, pad=pad)
     table = draw(st.sampled_from(tuple(TABLES)))
     if kind == "blocks":
         return TableFormat(table, draw(st.sampled_from((None, 2, 4, 5))), draw(st.sampled_from((None, 2, 3))), scale)

@@ -1,0 +1,116 @@
+"""The trellis encoder against brute force, its certificate, and trellis-coded rtn and gptq."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quant_cases import hessian_of
+
+from tnc.formats import CODES, TrellisFormat
+from tnc.quant import Grid, fit_grid, gptq, grid_lower_bound, rtn
+from tnc.quant.trellis import trellis_of
+from tnc.quant.viterbi import Trellis, encode, least_costs
+from tnc.stats import LayerStats
+
+FORMATS = {(2, 12): TrellisFormat(2), (3, 12): TrellisFormat(3), (4, 12): TrellisFormat(4)}
+
+
+def ring_cost(levels, bits, codes, targets, weights):
+    """Cost of one ring by the definition, in plain Python."""
+    digits = (len(levels).bit_length() - 1) // bits
+    total = 0.0
+    for t in range(len(codes)):
+        state = sum(codes[(t - i) % len(codes)] << bits * i for i in range(digits))
+        total += float(weights[t]) * (float(targets[t]) - float(levels[state])) ** 2
+    return total
+
+
+def small(seed, bits, digits, length, count=2):
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randn(1 << bits * digits, generator=generator)
+    targets = torch.randn(length, count, generator=generator)
+    weights = torch.rand(length, count, generator=generator) + 0.1
+    return levels, Trellis.of(levels, bits), targets, weights
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 999), st.sampled_from(((1, 3, 9), (1, 2, 5), (1, 4, 4), (2, 2, 4), (2, 3, 2), (3, 2, 1))))
+def test_against_every_ring(seed, sizes):
+    """Exhaustive up to D codes; beyond, never better than the best ring, rarely much worse, never below the bound."""
+    bits, digits, length = sizes
+    levels, trellis, targets, weights = small(seed, bits, digits, length)
+    codes, bound = encode(trellis, targets, weights), least_costs(trellis, targets, weights)
+    for b in range(targets.shape[1]):
+        costs = [ring_cost(levels, bits, c, targets[:, b], weights[:, b])
+                 for c in itertools.product(range(1 << bits), repeat=length)]  # fmt: skip
+        found = ring_cost(levels, bits, codes[:, b].tolist(), targets[:, b], weights[:, b])
+        assert found >= min(costs) * (1 - 1e-5)
+        assert float(bound[b]) <= min(costs) * (1 + 1e-6)
+        if length <= digits:
+            assert found == pytest.approx(min(costs), rel=1e-4, abs=1e-5)
+            assert float(bound[b]) == pytest.approx(min(costs), rel=1e-3, abs=1e-4)
+        else:
+            assert found <= sorted(costs)[len(costs) // 4]
+
+
+def test_the_ring_is_near_the_open_optimum():
+    levels, trellis, targets, weights = small(3, 2, 3, 96, count=24)
+    codes = encode(trellis, targets, weights)
+    found = [ring_cost(levels, 2, codes[:, b].tolist(), targets[:, b], weights[:, b]) for b in range(24)]
+    bound = least_costs(trellis, targets, weights)
+    assert sum(found) <= 1.03 * float(bound.sum()) and all(f >= b for f, b in zip(found, bound.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.078), (3, 0.023), (4, 0.008)])
+def test_gaussian_error_beats_every_scalar_quantizer(bits, most):
+    """Lloyd-Max at 2, 3, 4 bits: 0.1175, 0.03454, 0.009497; the rate-distortion limit: 0.0625, 0.0156, 0.0039."""
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    format = FORMATS[bits, 12]
+    gain = float(format.full_scale(torch.ones(1, 1, 1), torch.zeros(1, 1), torch.ones(1, 1)))
+    codes = encode(trellis_of(format), x / gain, torch.ones_like(x))
+    error = x - gain * format.decode(codes, None, torch.float32)
+    assert 4.0**-bits < float(error.square().mean() / x.square().mean()) < most
+
+
+def problem(rows=40, columns=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * (torch.rand(rows, 1, generator=generator) + 0.5)
+    return weight, LayerStats.from_hessian(hessian_of(columns, 50, generator), tokens=50)
+
+
+@pytest.mark.parametrize("length", [256, 17])
+def test_gptq_lowers_the_error_and_equals_rtn_for_diagonal_h(length):
+    weight, stats = problem()
+    format = TrellisFormat(2, length=length, group_size=5)
+    terms = {"gptq": gptq(weight, stats, format), "rtn": rtn(weight, format)}
+    squared = {}
+    for name, term in terms.items():
+        error = weight.double() - term.to_dense().double()
+        squared[name] = float(torch.einsum("ij,jk,ik->", error, stats.hessian, error))
+        assert grid_lower_bound(weight, term, stats.hessian) <= squared[name]
+        assert grid_lower_bound(weight, term, torch.ones(10)) <= float(error.square().sum())
+    assert squared["gptq"] < 0.9 * squared["rtn"]
+    plain = LayerStats.from_hessian(torch.eye(10), tokens=50)
+    assert torch.equal(gptq(weight, plain, format).codes, rtn(weight, format).codes)
+
+
+def test_columns_stand_alone_and_zero_rows_are_exact():
+    weight, _ = problem()
+    weight[3] = 0
+    grid = fit_grid(weight, TrellisFormat(2))
+    codes = grid.quantize(weight)
+    index = torch.tensor([7, 2])
+    assert torch.equal(grid.quantize(weight[:, index], index), codes[:, index])
+    assert torch.equal(grid.dequantize(codes[:, index], index), grid.dequantize(codes)[:, index])
+    dense = grid.term(codes).to_dense()
+    assert torch.equal(dense, grid.dequantize(codes)) and not bool(dense[3].any())
+    assert torch.equal(Grid.of(grid.term(codes)).scale, grid.scale)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_powers_of_two_pass_through(code):
+    weight, _ = problem()
+    once, larger = (rtn(weight * s, TrellisFormat(2, code=code)) for s in (1.0, 4.0))
+    assert torch.equal(once.codes, larger.codes) and torch.equal(4 * once.scale, larger.scale)
