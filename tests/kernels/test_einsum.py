@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from tnc.formats import IntFormat
 from tnc.hadamard import hadamard_matrix
 from tnc.kernels import choose, network
-from tnc.kernels.einsum import Added, InTurn, _plan, _rebuild_flops
+from tnc.kernels.einsum import Added, InTurn, _rebuild_flops, plan_for
 from tnc.kernels.network import Form, Multiply, Network
 from tnc.terms import Dense, Diagonal, Expression, Hadamard, LowRank, Permutation, Product, Quantized, Sum, base
 
@@ -240,7 +240,7 @@ def test_flops_of_rebuilding():
 
 def test_an_empty_rank_is_planned_like_any_other():
     operator = Builder(0, torch.float32).low_rank(6, 40, 0).operator
-    assert _plan(operator, "", 1).describe() == "((x right) left)"
+    assert plan_for(operator, "", 1).describe() == "((x right) left)"
 
 
 @settings(deadline=None, max_examples=100)
@@ -251,7 +251,7 @@ def test_low_rank_is_folded_into_the_base_exactly_when_that_takes_fewer_flops(m,
     base_term = Quantized(codes, torch.empty(m, 1, **shapes), None, IntFormat(4, symmetric=True), n)
     rank = min(rank, m, n)
     term = LowRank(torch.empty(m, rank, **shapes), torch.empty(rank, n, **shapes))
-    plan = _plan(Sum((base_term, term)), "", tokens)
+    plan = plan_for(Sum((base_term, term)), "", tokens)
     assert isinstance(plan, Added)
     product = 2 * m * n * tokens
     folded, apart = 2 * m * n * rank + m * n + product, 2 * rank * (m + n) * tokens + product
@@ -281,7 +281,7 @@ def test_plans_are_equal_for_equal_structure_and_hold_no_tensor():
 def test_product_of_quantized_and_diagonal_scales_x_or_the_output_not_the_weight():
     builder = Builder(0, torch.float32)
     q, d = builder.quantized(40, 30, IntFormat(4)).operator, builder.diagonal(30).operator
-    assert _plan(Product((q, d)), "", 1).describe() == "((x 1.vector) [quantized])"
+    assert plan_for(Product((q, d)), "", 1).describe() == "((x 1.vector) [quantized])"
 
 
 @pytest.mark.parametrize("tokens", [1, 400])
@@ -290,7 +290,7 @@ def test_a_sum_inside_a_product_is_applied_or_rebuilt_whichever_is_cheaper(token
     parts = [builder.dense(5, 40), builder.low_rank(40, 50, 2), builder.dense(40, 50), builder.dense(50, 60)]
     terms = [part.operator for part in parts]
     operator = Product((terms[0], Sum((terms[1], terms[2])), terms[3]))
-    plan = _plan(operator, "", tokens)
+    plan = plan_for(operator, "", tokens)
     assert isinstance(plan, InTurn if tokens == 1 else Network)
     x = builder.normal(tokens, 60)
     matrix = parts[0].matrix @ (parts[1].matrix + parts[2].matrix) @ parts[3].matrix
@@ -306,7 +306,7 @@ def test_products_longer_than_the_alphabet():
     x = builder.normal(4, 3)
     matrix = np.linalg.multi_dot([numbers(factor) for factor in factors])
     np.testing.assert_allclose(numbers(run(operator, x, "einsum")), numbers(x) @ matrix.T, atol=1e-12)
-    assert isinstance(_plan(operator, "", 1), InTurn)
+    assert isinstance(plan_for(operator, "", 1), InTurn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,14 +377,14 @@ def test_a_form_of_several_legs_needs_one_entry_and_works_without(two_cores, mon
 def test_legs_that_fit_join_and_legs_that_do_not_are_applied_in_turn(two_cores, monkeypatch):
     with_form(monkeypatch)
     a, b, c = two_cores(2, 3, 4, 5, 2), two_cores(4, 5, 3, 2, 3), two_cores(5, 4, 2, 3, 2)
-    assert isinstance(_plan(Product((a, b)), "", 1), Network)
-    assert isinstance(_plan(Product((a, c)), "", 1), InTurn)
+    assert isinstance(plan_for(Product((a, b)), "", 1), Network)
+    assert isinstance(plan_for(Product((a, c)), "", 1), InTurn)
 
 
 def test_a_core_is_multiplied_through_linear(two_cores, monkeypatch):
     """No einsum where a matrix product does: two matrix products for two cores."""
     with_form(monkeypatch)
-    plan = _plan(two_cores(2, 3, 4, 5, 2), "", 1)
+    plan = plan_for(two_cores(2, 3, 4, 5, 2), "", 1)
     assert [type(step) for positions, step in plan.steps if len(positions) == 2] == [Multiply, Multiply]
 
 
@@ -415,7 +415,7 @@ def test_rotations_are_applied_and_never_rebuilt(monkeypatch):
 
 def test_a_rotation_inside_a_sum_costs_its_transform():
     rotation = Hadamard.random(4096)
-    assert _plan(rotation, "", 3).flops == 3 * (2 * 4096 * 48 + 4096)
+    assert plan_for(rotation, "", 3).flops == 3 * (2 * 4096 * 48 + 4096)
     assert _rebuild_flops(rotation) == 4096 * (2 * 4096 * 48 + 4096)
-    plan = _plan(Sum((rotation, Dense(torch.zeros(4096, 4096)))), "", 64)
+    plan = plan_for(Sum((rotation, Dense(torch.zeros(4096, 4096)))), "", 64)
     assert not plan.folded

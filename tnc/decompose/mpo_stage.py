@@ -63,7 +63,7 @@ class MpoStage:
         if isinstance(self.rank, RelativeError):
             mpo = self._within(target, metric, outs, ins, self.rank, dtype)
         else:
-            rank = self._fixed(shape, outs, ins, target.spent_bits, dtype)
+            rank = self.bond(shape, dtype, spent=target.spent_bits)
             by_rank = partial(self._by_rank, target.residual, metric)
             mpo, more = by_rank(outs, ins, rank, dtype) if rank else (_zero(shape, outs, ins, dtype), [])
             notes += more
@@ -97,8 +97,13 @@ class MpoStage:
         """Numbers stored for each unit of the bond dimension of two cores."""
         return sum(o * i for o, i in zip(*self.modes(shape), strict=True))
 
-    def _fixed(self, shape: tuple[int, int], outs: Modes, ins: Modes, spent: int, dtype: torch.dtype) -> int:
-        """The bond dimension asked for, or the largest that fits the bits."""
+    def bond(self, shape: tuple[int, int], dtype: torch.dtype, *, spent: int = 0) -> int:
+        """The bond dimension asked for, or the largest that fits the bits beside ``spent`` ones.
+
+        Raises:
+            BudgetError: if not even 1 fits.
+        """
+        outs, ins = self.modes(shape)
         if not isinstance(self.rank, BitsPerWeight):
             assert not isinstance(self.rank, RelativeError)
             return self.rank.value if isinstance(self.rank, Rank) else self.rank

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from tnc.kernels import einsum, reference
+from tnc.kernels import einsum, mpo, reference
 from tnc.kernels.einsum import Plan, plan
 from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, backends, choose, register_kernel
 
@@ -19,6 +19,7 @@ __all__ = [
     "backends",
     "choose",
     "einsum",
+    "mpo",
     "plan",
     "reference",
     "register_kernel",

@@ -15,6 +15,7 @@ relative to the product of absolute values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -30,7 +31,7 @@ from tnc.kernels.network import Operand, Piece, contraction_path, join, network,
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.terms import Expression, Product, Sum
 
-_LIMITS = tuple(2**i for i in range(17))  # tokens of the classes; the last has no upper end
+LIMITS = tuple(2**i for i in range(17))  # tokens of the classes; the last has no upper end
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6
 
 
@@ -99,6 +100,12 @@ class Einsum:
     limits: tuple[int, ...]
     plans: tuple[Plan, ...]
 
+    @classmethod
+    def of(cls, plans: Sequence[Plan]) -> Einsum:
+        """Plans for each of `LIMITS`, equal neighbours merged."""
+        ends = [i for i, (plan, after) in enumerate(pairwise(plans)) if plan != after]
+        return cls(tuple(LIMITS[i] for i in ends), tuple(plans[i] for i in [*ends, len(plans) - 1]))
+
     def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype of ``x``."""
         *batch, in_features = x.shape
@@ -130,10 +137,10 @@ def _total(tensors: list[Tensor]) -> Tensor:
 
 def plan(operator: Expression, tokens: int) -> Plan:
     """What the kernel would run for an operator and ``tokens`` rows of ``x``; tensors may be on ``meta``."""
-    return _plan(operator, "", tokens)
+    return plan_for(operator, "", tokens)
 
 
-def _plan(expression: Expression, prefix: str, tokens: int) -> Plan:
+def plan_for(expression: Expression, prefix: str, tokens: int) -> Plan:
     """The cheapest plan for ``tokens`` rows of ``x``."""
     if isinstance(expression, Sum):
         return _plan_sum(expression, prefix, tokens)
@@ -147,7 +154,7 @@ def _plan(expression: Expression, prefix: str, tokens: int) -> Plan:
 def _plan_sum(expression: Sum, prefix: str, tokens: int) -> Added:
     """Fold the terms that cost more to apply than to rebuild and add, if the shared multiplication pays."""
     size = prod(expression.shape)
-    plans = [_plan(term, f"{prefix}{i}.", tokens) for i, term in enumerate(expression.terms)]
+    plans = [plan_for(term, f"{prefix}{i}.", tokens) for i, term in enumerate(expression.terms)]
     rebuild = [_rebuild_flops(term) + size for term in expression.terms]
     fold = [i for i, plan in enumerate(plans) if rebuild[i] < plan.flops]
     rest = tuple(plan for i, plan in enumerate(plans) if i not in fold)
@@ -165,7 +172,7 @@ def _plan_product(expression: Product, prefix: str, tokens: int) -> Plan:
     Leaves that apply themselves (`tnc.kernels.applied`) stay between the networks of their neighbours.
     """
     named = [(term, f"{prefix}{i}.") for i, term in enumerate(expression.terms)]
-    in_turn = _chain([_plan(t, p, tokens) if isinstance(t, Sum) else _link(t, p, tokens) for t, p in named], tokens)
+    in_turn = _chain([plan_for(t, p, tokens) if isinstance(t, Sum) else _link(t, p, tokens) for t, p in named], tokens)
     sums = [term for term in expression.terms if isinstance(term, Sum)]
     if not sums:
         return in_turn
@@ -209,9 +216,7 @@ def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> s
 
 
 def _bind(operator: Expression) -> Einsum:
-    plans = [_plan(operator, "", limit) for limit in _LIMITS]
-    ends = [i for i, (plan, after) in enumerate(pairwise(plans)) if plan != after]
-    return Einsum(tuple(_LIMITS[i] for i in ends), tuple(plans[i] for i in [*ends, len(plans) - 1]))
+    return Einsum.of([plan_for(operator, "", limit) for limit in LIMITS])
 
 
 register_kernel(Kernel("einsum", _serves, _bind, priority=10))

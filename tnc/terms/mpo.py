@@ -9,7 +9,7 @@ from math import prod
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from tnc.errors import ShapeError
 from tnc.terms.base import Expression, Spec, register, wide
@@ -104,7 +104,10 @@ class Mpo(Expression):
             before, out, into, after = core.shape
             lead = lead // into
             matrix = core.to(x.dtype).reshape(before * out, into * after)
-            state = matrix @ state.reshape(lead, into * after, outs)  # (lead, r_prev o, outs)
+            if outs == 1:  # one product instead of a matrix-vector product a row, five times as long
+                state = linear(state.reshape(lead, into * after), matrix)
+            else:
+                state = matrix @ state.reshape(lead, into * after, outs)  # (lead, r_prev o, outs)
             outs *= out
         y = state.reshape(*batch, outs)
         return y[..., : self.shape[0]]
