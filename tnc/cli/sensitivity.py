@@ -19,6 +19,8 @@ FORMS: dict[str, Any] = {
     "svd": LowRankStage, "mpo": MpoStage, "blast": partial(FormStage, partial(blast, blocks=(4, 4))),
 }  # fmt: skip
 
+_DECADES = 1e4  # between the lowest and the highest colour
+
 
 @dataclass(frozen=True)
 class SensitivityOptions:
@@ -79,8 +81,9 @@ def draw_sensitivity(found: Sensitivity, path: Path, *, title: str) -> None:
         if not known:
             axes.axis("off")
             continue
-        norm = LogNorm(min(known), max(known)) if max(known) > min(known) else None
-        image = axes.imshow(values, aspect="auto", cmap="magma_r", norm=norm)
+        low = max(min(known), max(known) / _DECADES)  # what is exact to rounding takes the lowest colour
+        norm = LogNorm(low, max(known)) if max(known) > low else None
+        image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm)
         axes.set_xticks(range(len(found.sizes)), found.sizes, rotation=45, ha="right", fontsize=7)
         axes.set_yticks(range(len(found.layers)), found.layers, fontsize=5)
         axes.set_title(field.replace("_", " "), fontsize=9)
