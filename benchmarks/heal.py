@@ -34,7 +34,7 @@ def variants(share: float, only: str) -> list[Recipe]:
         "svd, Frobenius": LowRankStage(size, metric=Metric.identity),
         "svd, G ⊗ H": LowRankStage(size),
         "mpo 2 cores, Frobenius": MpoStage(size, metric=Metric.identity, sweeps=0),
-        "mpo 2 cores, G ⊗ H": MpoStage(size),
+        "mpo 2 cores, G ⊗ H": MpoStage(size, sweeps=1),
         "blast 8×8, G ⊗ H": FormStage(_blast, size),
     }
     found = [Recipe(name, (stage,)) for name, stage in stages.items()]
@@ -44,7 +44,7 @@ def variants(share: float, only: str) -> list[Recipe]:
 
 def _blast(weight: torch.Tensor, rank: Any, /, **options: Any) -> Any:  # noqa: ANN401
     rows, columns = (max(d for d in range(1, 9) if size % d == 0) for size in weight.shape)
-    return blast(weight, rank, blocks=(rows, columns), sweeps=5, **options)
+    return blast(weight, rank, blocks=(rows, columns), sweeps=3, **options)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -67,6 +67,21 @@ def test_draw_a_dense_and_a_factored_layer(folder, compressed):
     assert "matches 2 layers; pick one" in shown.stderr
 
 
+def test_sensitivity_as_table_data_and_picture(folder):
+    pytest.importorskip("matplotlib")
+    stats, picture = folder / "sensitivity.safetensors", folder / "sensitivity.png"
+    call("compress", folder / "dense", "--recipe", "svd", "--rank", 2, "--calib", folder / "calib.txt",
+         "--out", folder / "svd", "--sequences", 8, "--stats", stats)  # fmt: skip
+    arguments = ("sensitivity", folder / "dense", "--stats", stats, "--rank", 4, "--bpw", 8, "--include", "*.0.mlp.*")
+    found = json.loads(call(*arguments, "--out", picture, "--json").stdout)
+    assert found["sizes"] == ["4", "BitsPerWeight 8"] and len(found["layers"]) == 3 and len(found["rows"]) == 6
+    assert all(0 < row["relative_error"] < 1 and row["predicted_nats"] > 0 for row in found["rows"])
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "predicted nats" in call(*arguments).stdout
+    assert "unknown form 'x'; expected one of svd, mpo, blast" in call(*arguments, "--form", "x", code=2).stderr
+    assert "got no size" in call(*arguments[:4], code=2).stderr
+
+
 @pytest.fixture(scope="module")
 def compressed(folder):
     call("compress", folder / "dense", "--recipe", "eora", "--bits", 3, "--group-size", 16, "--rank", 4,

@@ -19,6 +19,7 @@ from tnc.cli.evaluate import run_evaluate
 from tnc.cli.forms import FormsOptions, run_forms
 from tnc.cli.inspect import run_inspect
 from tnc.cli.plan import PlanOptions, run_plan
+from tnc.cli.sensitivity import SensitivityOptions, run_sensitivity
 from tnc.decompose import RECIPES
 from tnc.errors import TNCError
 
@@ -240,6 +241,27 @@ def draw(
     run_draw(
         DrawOptions(model=model, layer=layer, out=out, recipe=recipe, bits=bits, group_size=group_size, rank=rank,
                     bpw=bpw, stats=stats),
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+@_friendly
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="Dense model folder, or 'demo' for the embedded model.")],
+    stats: Annotated[Path, typer.Option(help="Statistics file, as `tnc compress --stats` writes it.")],
+    form: Annotated[str, typer.Option(help="svd, mpo (2 cores) or blast (4 × 4 blocks).")] = "svd",
+    rank: Annotated[list[int] | None, typer.Option(help="Rank or bond dimension; may be repeated.")] = None,
+    bpw: Annotated[list[float] | None, typer.Option(help="Stored bits per weight; may be repeated.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What every layer loses at each size of a form: error and predicted nats."""
+    run_sensitivity(
+        SensitivityOptions(
+            model=model, stats=stats, form=form, ranks=rank or [], bits=bpw or [], include=include, out=out
+        ),
         as_json=as_json,
     )  # fmt: skip
 
