@@ -42,7 +42,7 @@ def error(problem, term):
 def test_spreading_keeps_the_product_and_evens_the_components(problem, data):
     rank = data.draw(st.integers(1, problem.limit))
     term = truncated_svd(problem.weight, rank, metric=problem.metric)
-    left, right = spread(term.left, term.right, problem.metric)
+    (left,), right = spread([term.left], term.right, [problem.metric])
     product = term.left @ term.right
     length = float(left.norm() * right.norm())  # for singular G far above that of the product
     torch.testing.assert_close(left @ right, product, rtol=0, atol=1e-13 * length)
@@ -76,7 +76,7 @@ def test_left_is_the_least_squares_optimum_for_the_right_as_stored(shape, fisher
 @given(problem=problems(), data=st.data())
 def test_right_is_refitted_to_a_stationary_point(problem, data):
     left = gaussian(len(problem.weight), data.draw(st.integers(1, problem.limit)), generator(problem.seed))
-    rest = problem.weight - left @ refit_right(problem.weight, left, problem.metric)
+    rest = problem.weight - left @ refit_right([problem.weight], [left], [problem.metric])
     weighted = problem.metric.times_gradient(left)
     assert float((weighted.T @ rest).norm()) <= 1e-5 * float(weighted.norm() * problem.weight.norm())
 
@@ -87,7 +87,7 @@ def test_a_round_is_gptq_in_the_two_metrics(fisher):
     floats = truncated_svd(problem.weight, 4, metric=problem.metric)
     found = fitted(problem, 4, 3, rounds=1).term
     statistics = LayerStats.from_hessian(problem.H, tokens=1)
-    right = gptq(spread(floats.left, floats.right, problem.metric)[1], statistics, IntFormat(3))
+    right = gptq(spread([floats.left], floats.right, [problem.metric])[1], statistics, IntFormat(3))
     assert torch.equal(found.terms[1].codes, right.codes)
     gram = dense64(right) @ problem.H @ dense64(right).T
     left = problem.weight @ problem.H @ dense64(right).T @ torch.linalg.inv(gram)
@@ -249,7 +249,7 @@ def test_the_quantizer_is_given_the_moments_of_both_sides(monkeypatch):
     known = rtn(first, IntFormat(8)).to_dense().double()
     torch.testing.assert_close(outer.hessian, known @ problem.H @ known.T)
     floats = truncated_svd(problem.weight, 3, metric=problem.metric)
-    spread_left = spread(floats.left, floats.right, problem.metric)[0]
+    spread_left = spread([floats.left], floats.right, [problem.metric])[0][0]
     torch.testing.assert_close(inner.gradient.second, spread_left.T @ problem.G @ spread_left)
     with pytest.raises(RecipeError, match=r"method='magic' is unknown"):
         LowRankStage(3, factor_format=IntFormat(8), factor_method="magic")

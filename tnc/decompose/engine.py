@@ -88,7 +88,7 @@ def _descend(inner: Transformed, weight: Tensor, stages: Sequence[Stage], sweeps
         before = None if best is None else best[0]
         for k, stage in enumerate(stages):
             residual = inner.weight - sum(values[i] for i in range(len(stages)) if i != k)
-            spent = inner.storage_bits + _bits_of_others(k, stages, current, (weight.shape[0], weight.shape[1]))
+            spent = inner.storage_bits + bits_of_others(k, stages, current, (weight.shape[0], weight.shape[1]))
             current[k] = found = stage.fit(Target(residual, weight, stats, spent, sweep))
             values[k] = dense64(found.term)
             complete = [f for f in current if f is not None]
@@ -106,7 +106,7 @@ def _descend(inner: Transformed, weight: Tensor, stages: Sequence[Stage], sweeps
     return best[1]
 
 
-def _bits_of_others(k: int, stages: Sequence[Stage], current: Sequence[Fitted | None], shape: tuple[int, int]) -> int:
+def bits_of_others(k: int, stages: Sequence[Stage], current: Sequence[Fitted | None], shape: tuple[int, int]) -> int:
     """Bits the other terms store; those of a quantized base are known before it is fitted."""
     bits = 0
     for i, (stage, fitted) in enumerate(zip(stages, current, strict=True)):

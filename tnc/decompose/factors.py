@@ -7,6 +7,7 @@ arXiv:2310.11028, here in ``G ⊗ H``; docs/low-rank.md derives it).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,46 +100,110 @@ def quantize_factors(
     Cost: ``2 m n² + m² n`` flops and two factorizations of H a round, float64.
     Source: LPLR (arXiv:2310.11028, algorithm 1), CALDERA (arXiv:2405.18886, algorithm 2); the spreading is ours.
     """
-    target = _Target(residual.double(), metric)
-    left, right = spread(factors.left.double(), factors.right.double(), metric, seed=seed)
-    best: tuple[float, QuantizedFactors] | None = None
+    found = quantize_shared_factors(
+        [residual], [factors.left], factors.right, [metric], formats, method=method, rounds=rounds, seed=seed
+    )
+    return QuantizedFactors(Product((found.lefts[0], found.right)), found.damping, found.fallbacks)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedFactors:
+    """A left factor for every layer and the one right factor, as stored; see `QuantizedFactors`."""
+
+    lefts: tuple[Expression, ...]
+    right: Expression
+    damping: float | None
+    fallbacks: tuple[str, ...]
+
+
+def quantize_shared_factors(
+    residuals: Sequence[Tensor], lefts: Sequence[Tensor], right: Tensor, metrics: Sequence[Metric],
+    formats: FactorFormats, *, method: str = "gptq", rounds: int = 2, seed: int = 0,
+) -> SharedFactors:  # fmt: skip
+    """`quantize_factors` for layers with the same inputs, a left factor each and one right factor.
+
+    Args:
+        residuals: (m_i, n) each.
+        lefts: (m_i, k) each.
+        right: (k, n).
+        metrics: with one H; a G each, or none.
+        formats: of ``left`` and ``right``.
+        method: as in `quantize_factors`; ``right`` is given H and the sum of ``leftᵀ G left``.
+        rounds: at least 1.
+        seed: of the rotation in `spread`.
+    """
+    targets = [_Target(d.double(), metric) for d, metric in zip(residuals, metrics, strict=True)]
+    known, right = spread([left.double() for left in lefts], right.double(), metrics, seed=seed)
+    best: tuple[float, SharedFactors] | None = None
     for _ in range(rounds):
-        rounded, left, error = target.round(left, right, formats, method)
+        rounded = _round(targets, known, right, formats, method)
+        known = [dense64(left) for left in rounded.lefts]
+        stored = dense64(rounded.right)
+        error = sum(target.squared_error(left, stored) for target, left in zip(targets, known, strict=True))
         if best is None or error < best[0]:
             best = error, rounded
-        right = refit_right(target.residual, left, metric)
+        right = refit_right([target.residual for target in targets], known, metrics)
     assert best is not None, "rounds is at least 1"
     return best[1]
 
 
-def spread(left: Tensor, right: Tensor, metric: Metric, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The same product ``left @ right`` in the basis in which rounding the rows of ``right`` costs least.
+def _round(
+    targets: Sequence[_Target], lefts: Sequence[Tensor], right: Tensor, formats: FactorFormats, method: str
+) -> SharedFactors:
+    """Quantize ``right``, refit every left factor, quantize it."""
+    run, metric = quantizer(method).run, targets[0].metric
+    outer = sum(left.T @ target.metric.times_gradient(left) for target, left in zip(targets, lefts, strict=True))
+    assert isinstance(outer, Tensor), "there is at least one layer"
+    inputs = _side(metric.hessian, right.shape[1])
+    first = run(right, LayerStats(inputs, gradient=_moments(outer)), formats.right)
+    known = dense64(first.term)
+    gram = metric.times_hessian(known) @ known.T  # Z = right H rightᵀ
+    inverse = pseudoinverse(gram)
+    found = [
+        run(target.seen @ known.T @ inverse, LayerStats(_moments(gram), gradient=target.outputs), formats.left)
+        for target in targets
+    ]
+    named = [*(("left", each) for each in found), ("right", first)]
+    return SharedFactors(
+        tuple(each.term for each in found), first.term,
+        max((each.damping for _, each in named if each.damping is not None), default=None),
+        tuple(f"{name} factor: {note}" for name, each in named for note in each.fallbacks),
+    )  # fmt: skip
 
-    Rounding row i to a range of its own leaves ``gᵢ² ‖δᵢ‖²``, ``gᵢ`` the G-length of column i of ``left`` and
+
+def spread(
+    lefts: Sequence[Tensor], right: Tensor, metrics: Sequence[Metric], *, seed: int = 0
+) -> tuple[list[Tensor], Tensor]:
+    """The same products ``left @ right`` in the basis in which rounding the rows of ``right`` costs least.
+
+    Rounding row i to a range of its own leaves ``gᵢ² ‖δᵢ‖²``, ``gᵢ`` the G-length of column i of the left factors and
     ``‖δᵢ‖`` in proportion to the row's length ``rᵢ``: ``Σ gᵢ² rᵢ²`` in total. After scaling row i by ``cᵢ`` and a
     rotation that mixes all components alike, it is ``Σ gᵢ² / cᵢ² · Σ cᵢ² rᵢ² / k``, least at ``cᵢ² = gᵢ / rᵢ``, where
     it is ``(Σ gᵢ rᵢ)² / k``: by Cauchy and Schwarz never more, and less the faster the spectrum falls.
 
     Args:
-        left: (m, k).
+        lefts: (m_i, k) each.
         right: (k, n).
-        metric: its G is that of the lengths of ``left``.
+        metrics: their G are those of the lengths of the left factors.
         seed: of the random rotation.
     """
-    weight = (left * metric.times_gradient(left)).sum(0).clamp_min(0).sqrt()
+    squares = [(a * metric.times_gradient(a)).sum(0).clamp_min(0) for a, metric in zip(lefts, metrics, strict=True)]
+    weight = torch.stack(squares).sum(0).sqrt()
     length: Tensor = torch.linalg.vector_norm(right, dim=1)
     # a component that G or the row does not show keeps out of the way of the others
     scale = (_floored(weight) / _floored(length)).sqrt()
     generator = torch.Generator().manual_seed(seed)
     square = torch.randn(len(scale), len(scale), generator=generator, dtype=torch.float64).to(right.device)
     rotation: Tensor = torch.linalg.qr(square).Q
-    return (left / scale) @ rotation.T, rotation @ (right * scale.unsqueeze(1))
+    return [(left / scale) @ rotation.T for left in lefts], rotation @ (right * scale.unsqueeze(1))
 
 
-def refit_right(residual: Tensor, left: Tensor, metric: Metric) -> Tensor:
-    """``(leftᵀ G left)⁺ leftᵀ G D``: the right factor (k, n) of least error for ``left`` (m, k), whatever H."""
-    weighted = metric.times_gradient(left)
-    return pseudoinverse(left.T @ weighted) @ (weighted.T @ residual)
+def refit_right(residuals: Sequence[Tensor], lefts: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
+    """``(Σ leftᵀ G left)⁺ Σ leftᵀ G D``: the best right factor (k, n) for left factors (m_i, k), whatever H."""
+    weighted = [metric.times_gradient(left) for left, metric in zip(lefts, metrics, strict=True)]
+    gram = torch.stack([left.T @ w for left, w in zip(lefts, weighted, strict=True)]).sum(0)
+    seen = torch.stack([w.T @ residual for w, residual in zip(weighted, residuals, strict=True)]).sum(0)
+    return pseudoinverse(gram) @ seen
 
 
 def _floored(lengths: Tensor) -> Tensor:
@@ -148,32 +213,13 @@ def _floored(lengths: Tensor) -> Tensor:
 
 
 class _Target:
-    """The residual with the products that every round needs."""
+    """A residual with the products that every round needs."""
 
     def __init__(self, residual: Tensor, metric: Metric) -> None:
         self.residual, self.metric = residual, metric
         self.seen = metric.times_hessian(residual)  # D H
         self.squared_norm = metric.squared_norm(residual)
-        self.inputs, self.outputs = _side(metric.hessian, residual.shape[1]), _side(metric.gradient, residual.shape[0])
-
-    def round(
-        self, left: Tensor, right: Tensor, formats: FactorFormats, method: str
-    ) -> tuple[QuantizedFactors, Tensor, float]:
-        """Quantize ``right``, refit ``left``, quantize it: both, ``left`` as stored, the squared error."""
-        run = quantizer(method).run
-        outer = _moments(left.T @ self.metric.times_gradient(left))
-        first = run(right, LayerStats(self.inputs, gradient=outer), formats.right)
-        known = dense64(first.term)
-        gram = self.metric.times_hessian(known) @ known.T  # Z = right H rightᵀ
-        free = self.seen @ known.T @ pseudoinverse(gram)
-        second = run(free, LayerStats(_moments(gram), gradient=self.outputs), formats.left)
-        stored = dense64(second.term)
-        notes = [f"{name} factor: {n}" for name, found in (("left", second), ("right", first)) for n in found.fallbacks]
-        term = Product((second.term, first.term))
-        factors = QuantizedFactors(
-            term, max((d for d in (first.damping, second.damping) if d is not None), default=None), tuple(notes)
-        )
-        return factors, stored, self.squared_error(stored, known)
+        self.outputs = _side(metric.gradient, residual.shape[0])
 
     def squared_error(self, left: Tensor, right: Tensor) -> float:
         """``‖D - left right‖²`` from k x k matrices."""

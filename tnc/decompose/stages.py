@@ -144,8 +144,7 @@ class LowRankStage:
     def fit(self, target: Target) -> Fitted:
         """Best low-rank term for the residual."""
         if self.first is not None and target.sweep == 0:
-            storage = {name: getattr(self, name) for name in ("dtype", "factor_format", "factor_method")}
-            return replace(self.first, **storage).fit(target)
+            return self.started().fit(target)
         if isinstance(self.metric, Gate):
             return self._fit_gated(target, self.metric)
         metric = Metric() if target.stats is None else self.metric(target.stats)
@@ -163,6 +162,11 @@ class LowRankStage:
         tail = max(metric.squared_norm(target.residual) - found.captured, 0.0) ** 0.5
         guaranteed = tail / max(metric.norm(target.weight.double()), 1e-300)
         return Fitted(found.term, fallbacks=notes, guaranteed_error=guaranteed)
+
+    def started(self) -> LowRankStage:
+        """The stage of the first sweep: ``first``, storing its factors as this one does."""
+        storage = {name: getattr(self, name) for name in ("dtype", "factor_format", "factor_method")}
+        return self if self.first is None else replace(self.first, **storage)
 
     def _fit_gated(self, target: Target, gate: Gate) -> Fitted:
         stats = target.stats
