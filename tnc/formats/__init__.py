@@ -11,7 +11,7 @@ from tnc.formats.tables import TABLES
 from tnc.formats.trellis import CODES, TrellisFormat
 
 __all__ = [
-    "CODES", "FORMATS", "SCALES", "SUPPORTED_BITS", "TABLES", "FloatScale", "IntFormat", "Layout", "NumberFormat", "ScaleFormat",
-    "TableFormat", "TrellisFormat", "format_from_spec", "number_format", "pack", "pack_ternary", "packed_length", "register_format",
-    "scale_format", "unpack", "unpack_ternary",
+    "CODES", "FORMATS", "SCALES", "SUPPORTED_BITS", "TABLES", "FloatScale", "IntFormat", "Layout", "NumberFormat",
+    "ScaleFormat", "TableFormat", "TrellisFormat", "format_from_spec", "number_format", "pack", "pack_ternary",
+    "packed_length", "register_format", "scale_format", "unpack", "unpack_ternary",
 ]  # fmt: skip

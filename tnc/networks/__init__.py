@@ -14,8 +14,7 @@ from tnc.networks.two_site import adapt_ranks
 
 __all__ = [
     "AlsFit", "KroneckerMetric", "MpoFit", "SiteOrder", "adapt_ranks", "add", "als", "balanced_modes", "compose",
-    "exact_modes", "factorizations", "from_quimb_arrays", "from_tensorly", "inner", "left_canonical",
-    "mixed_canonical", "mpo_lower_bound", "nearest_kronecker", "norm", "right_canonical", "round_mpo", "scale",
-    "site_modes", "site_order", "to_quimb_arrays", "to_tensorly", "transpose", "tt_svd", "tt_svd_batched",
-    "tt_svd_with_report",
+    "exact_modes", "factorizations", "from_quimb_arrays", "from_tensorly", "inner", "left_canonical", "mixed_canonical",
+    "mpo_lower_bound", "nearest_kronecker", "norm", "right_canonical", "round_mpo", "scale", "site_modes", "site_order",
+    "to_quimb_arrays", "to_tensorly", "transpose", "tt_svd", "tt_svd_batched", "tt_svd_with_report",
 ]  # fmt: skip

@@ -14,23 +14,7 @@ from tnc.quant.trellis import TrellisLevels
 from tnc.quant.yaqa import yaqa
 
 __all__ = [
-    "CLIP_RATIOS",
-    "ORDERS",
-    "QUANTIZERS",
-    "Grid",
-    "QuantizerEntry",
-    "QuantizerResult",
-    "TrellisLevels",
-    "autoround",
-    "fit_grid",
-    "gptq",
-    "gptq_with_notes",
-    "grid_lower_bound",
-    "hqq",
-    "learned_clipping",
-    "quantizer",
-    "refine",
-    "register_quantizer",
-    "rtn",
-    "yaqa",
+    "CLIP_RATIOS", "ORDERS", "QUANTIZERS", "Grid", "QuantizerEntry", "QuantizerResult", "TrellisLevels", "autoround",
+    "fit_grid", "gptq", "gptq_with_notes", "grid_lower_bound", "hqq", "learned_clipping", "quantizer", "refine",
+    "register_quantizer", "rtn", "yaqa",
 ]  # fmt: skip
