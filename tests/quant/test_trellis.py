@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_cases import hessian_of
 
+from tnc.decompose import QuantizeStage, decompose
+from tnc.errors import FormatError
 from tnc.formats import CODES, TrellisFormat
 from tnc.quant import Grid, fit_grid, gptq, grid_lower_bound, rtn
 from tnc.quant.trellis import trellis_of
@@ -114,3 +116,11 @@ def test_powers_of_two_pass_through(code):
     weight, _ = problem()
     once, larger = (rtn(weight * s, TrellisFormat(2, code=code)) for s in (1.0, 4.0))
     assert torch.equal(once.codes, larger.codes) and torch.equal(4 * once.scale, larger.scale)
+
+
+def test_entries_of_a_sequence_are_not_rounded_one_by_one():
+    weight, format = torch.randn(8, 16), TrellisFormat(2, state_bits=8)
+    stats = LayerStats.from_hessian(torch.eye(16), torch.eye(8), tokens=9)
+    for stage in (QuantizeStage(format, method="yaqa"), QuantizeStage(format, refine=1)):
+        with pytest.raises(FormatError, match=r"codes whole columns.*use method='gptq' or 'rtn' and refine=0"):
+            decompose(weight, [stage], stats)

@@ -32,7 +32,8 @@ def _three_inst(state: Tensor) -> Tensor:
     word = (state * 89226354 + 64248484) & _WORD
     word = (word & 0x8FFF8FFF) ^ (_HALF_MAGIC << 16 | _HALF_MAGIC)
     halves = [(part & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.float16) for part in (word, word >> 16)]
-    return (halves[0].to(torch.float32) + halves[1].to(torch.float32)) / 1.236
+    total: Tensor = halves[0].to(torch.float32) + halves[1].to(torch.float32)
+    return total / 1.236
 
 
 CODES: dict[str, Callable[[Tensor], Tensor]] = {"1mad": _one_mad, "3inst": _three_inst}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from tnc.errors import FormatError
 from tnc.formats import CODES, NumberFormat, TrellisFormat
 from tnc.quant.levels import Columns, Levels, register_levels
 from tnc.quant.viterbi import Trellis, encode, least_costs
@@ -36,7 +38,7 @@ class TrellisLevels:
         for length, rows in _runs(self.format, len(values)):
             rings, shares = _rings(targets[rows], length), _rings(weights[rows], length)
             step = max(1, _FLOATS // (length << self.format.state_bits))
-            parts = zip(rings.split(step, 1), shares.split(step, 1), strict=True)
+            parts = zip(torch.split(rings, step, 1), torch.split(shares, step, 1), strict=True)
             codes = torch.cat([encode(trellis_of(self.format), *part) for part in parts], 1)
             found.append(codes.reshape(length, -1, scale.shape[1]).transpose(0, 1).reshape(-1, scale.shape[1]))
         return torch.cat(found).reshape(values.shape).to(values.device)
@@ -57,7 +59,7 @@ class TrellisLevels:
         for length, rows in _runs(self.format, len(values)):
             rings, shares = _rings(targets[rows], length), _rings(weights[rows], length)
             step = max(1, _FLOATS // (length << self.format.state_bits))
-            parts = zip(rings.split(step, 1), shares.split(step, 1), strict=True)
+            parts = zip(torch.split(rings, step, 1), torch.split(shares, step, 1), strict=True)
             least = torch.cat([least_costs(trellis_of(self.format), *part) for part in parts])
             total += least.reshape(-1, values.shape[1]).sum(0)
         return total * scale.double().amax().cpu() ** 2
@@ -65,6 +67,13 @@ class TrellisLevels:
     def columns(self) -> Columns:
         """Column by column."""
         return _TrellisColumns(self.format, self.scale.T.contiguous())
+
+    def at(self, pick: Callable[[Tensor], Tensor]) -> Levels:
+        """Refused: an entry of a sequence has no level without its neighbours."""
+        raise FormatError(
+            f"format {self.format.describe()} codes whole columns: entries are not rounded or refined one by one; use "
+            "method='gptq' or 'rtn' and refine=0."
+        )
 
 
 @dataclass(frozen=True)
