@@ -34,11 +34,11 @@ def _candidates(limit: BitsPerWeight) -> Iterator[Recipe]:
     if not widths:
         raise RecipeError(f"best_at_bits({limit}) is below every base; ask for more than {min(SUPPORTED_BITS)} bits.")
     for transforms, prefix in (((), ""), (_ROTATED, "rotated ")):
-        room = limit.value - (_SIGNS if transforms else 0.0)
-        for group in _fitting(room, widths[-1])[:2]:
+        groups = {bits: _fitting(limit.value - (_SIGNS if transforms else 0.0), bits) for bits in widths[-2:]}
+        for group in groups[widths[-1]][:1]:
             yield _quantized(f"{prefix}int{widths[-1]} {_named(group)}", widths[-1], group, transforms)
         for bits in widths[-2:]:
-            for group in _fitting(room, bits)[-2:]:
+            for group in groups[bits][1:2]:  # the finest group leaves no room for factors
                 yield _compensated(f"{prefix}int{bits} {_named(group)} + L×R", bits, group, limit, transforms)
 
 
