@@ -1,5 +1,7 @@
 """An order is a permutation, never worse than none, finds structure that a shuffle hid, and the SVD does not care."""
 
+from itertools import permutations
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from tnc.decompose import InputPermutation, MpoStage, OutputPermutation, decompo
 from tnc.errors import RankError
 from tnc.metric import Metric
 from tnc.networks import tt_svd
-from tnc.networks.site_order import site_order
+from tnc.networks.site_order import _match, site_order
 from tnc.terms import dense64
 
 
@@ -68,3 +70,13 @@ def test_the_order_is_stored_and_counted_as_a_transform():
 def test_flawed_ranks():
     with pytest.raises(RankError):
         site_order(torch.ones(4, 4), 0)
+
+
+def test_the_assignment_is_the_closest_one():
+    """Columns that were moved are found again, and with noise no order in total is closer (all 120 of them)."""
+    given = torch.randn(9, 5, generator=generator(3), dtype=torch.float64)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert torch.equal(_match(given, given[:, order]), order)
+    places = torch.randn(9, 5, generator=generator(4), dtype=torch.float64)
+    best = min(float((given[:, list(each)] - places).norm()) for each in permutations(range(5)))
+    assert float((given[:, _match(given, places)] - places).norm()) == pytest.approx(best, rel=1e-12)

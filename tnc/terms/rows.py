@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tnc.errors import BackendError
+from tnc.formats import TrellisFormat
 from tnc.terms.base import Expression, wide
 from tnc.terms.combine import Product, Sum
 from tnc.terms.dense import Dense
@@ -45,13 +46,17 @@ def check_rows(expression: Expression) -> None:
             f"rows of a {expression.kind} term cannot be gathered without its matrix; expected {', '.join(_RULES)}, or "
             "sums and products that begin with them."
         )
-    elif isinstance(expression, Quantized) and (
-        expression.outer is not None or expression.layout.blocks[0] != expression.shape[0]
-    ):
+    elif isinstance(expression, Quantized) and not _rows_alone(expression):
         raise BackendError(
-            f"rows of {expression.format.describe()} share scales with other rows; expected a format with its own "
-            "scales for each row, such as int4."
+            f"rows of {expression.format.describe()} depend on other rows (shared scales, or a trellis down the "
+            "column); expected a format of separate rows, such as int4."
         )
+
+
+def _rows_alone(term: Quantized) -> bool:
+    """Whether the codes and scales of a row are all that it needs."""
+    shared = term.outer is not None or term.layout.blocks[0] != term.shape[0]
+    return not shared and not isinstance(term.format, TrellisFormat)
 
 
 def _rows(expression: Expression, index: Tensor) -> Tensor:
