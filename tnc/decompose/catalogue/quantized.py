@@ -33,6 +33,9 @@ for _name, _summary, _source, _build in (
     ("gptaq", "GPTQ of the least-squares map from compressed inputs to dense outputs; needs sequential calibration "
      "(closed form instead of the paper's column updates)", "arXiv:2504.02692",
      partial(_rounded, "gptq", transforms=(DenseTarget(),))),
+    ("yaqa_dense_target", "yaqa_refined of the least-squares map from compressed inputs to dense outputs; needs "
+     "sequential calibration", "arXiv:2505.22988, arXiv:2504.02692",
+     partial(_rounded, "yaqa", refine=_SWEEPS, transforms=(DenseTarget(),))),
     ("autoround", "rounding and scales learnt by signed gradients from GPTQ codes, 200 steps in G ⊗ H (a layer's "
      "loss, not a block's; zero points held)", "arXiv:2309.05516",
      partial(_rounded, "autoround", options={"start": "gptq"})),
