@@ -15,7 +15,8 @@ PUBLIC = {
     "RelativeError", "Speedup", "Subspace", "Sum", "TNCError", "TableFormat", "balanced_modes", "calibrate",
     "compare_forms", "compensate", "compress", "decompose", "error_curves", "evaluate", "gptq", "heal", "load_base",
     "load_checkpoint", "load_stats", "number_format", "parse_budget", "plan", "pooled_ranks", "recipe", "rotate_model",
-    "round_mpo", "rtn", "save_checkpoint", "save_stats", "spectrum", "truncated_svd", "tt_svd", "unfuse_experts",
+    "round_mpo", "rtn", "save_checkpoint", "save_stats", "scale_model", "spectrum", "truncated_svd", "tt_svd",
+    "unfuse_experts",
 }  # fmt: skip
 
 

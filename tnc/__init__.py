@@ -34,6 +34,7 @@ from tnc.metric import Metric
 from tnc.models.calibrate import calibrate
 from tnc.models.compress import compress
 from tnc.models.evaluate import Evaluation, evaluate
+from tnc.models.fold import scale_model
 from tnc.models.heal import HealReport, heal
 from tnc.models.planning import error_curves, plan
 from tnc.models.report import ModelReport
@@ -119,6 +120,7 @@ __all__ = [
     "rtn",
     "save_checkpoint",
     "save_stats",
+    "scale_model",
     "spectrum",
     "truncated_svd",
     "tt_svd",

@@ -139,11 +139,13 @@ def test_scales_need_statistics(transform):
         transform.apply(torch.zeros(2, 2), None)
 
 
-@pytest.mark.parametrize("name", ["gptq_rotated", "quip", "awq", "awq_gptq", "quip_lr", "svdquant_smooth"])
+@pytest.mark.parametrize(
+    "name", ["gptq_rotated", "quip", "yaqa_rotated", "yaqa_lr", "awq", "awq_gptq", "quip_lr", "svdquant_smooth"]
+)
 def test_recipes_beat_rounding_to_nearest(name):
     problem = make_problem((32, 64), spectrum="outlier_columns", dtype=torch.float32, gradient="full")
     rank = {"rank": 2} if "rank" in tnc.RECIPES[name].options else {}
     recipe = tnc.recipe(name, bits=3, group_size=32, **rank)
     found = decompose(problem.weight, recipe.stages, problem.stats, transforms=recipe.transforms)
     plain = decompose(problem.weight, tnc.recipe("rtn", bits=3, group_size=32).stages, problem.stats)
-    assert found.report.relative_error < plain.report.relative_error
+    assert found.report.predicted_nats < plain.report.predicted_nats

@@ -8,41 +8,12 @@ import torch
 import tnc
 from tnc.errors import ModelError
 from tnc.experts import unfuse_experts
-from tnc.models.residual import residual_stream, same_logits, take_gain, untie
+from tnc.models.residual import gain_of, residual_stream, same_logits, untie
 from tnc.models.rotate import fuse_gains, rotate_model
 from tnc.terms import Hadamard
 
 transformers = pytest.importorskip("transformers")
-
-SMALL = {
-    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "head_dim": 8,
-}  # fmt: skip
-
-
-def build(family, seed=0, **options):
-    """A tiny random model with gains, biases and all that are not trivial."""
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def logits(model, seed=1):
-    tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return model(tokens).logits.double()
-
-
-def moe(**options):
-    return build("Mixtral", num_local_experts=4, num_experts_per_tok=2, **options)
-
+from rms_models import build, logits, moe  # noqa: E402
 
 BUILDS = {
     "llama": lambda: build("Llama"),
@@ -187,4 +158,4 @@ def test_a_norm_of_another_kind_is_refused():
             return x * self.weight**2
 
     with pytest.raises(ModelError, match=r"odd \(OddRMSNorm\) is no RMS norm with a gain per feature"):
-        take_gain(OddRMSNorm(), "odd")
+        gain_of(OddRMSNorm(), "odd")

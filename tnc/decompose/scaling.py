@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnc.decompose.transforms import Transformed, Wrap, transform_moments, unwrapped
 from tnc.errors import RecipeError, StatsError
-from tnc.formats import IntFormat
+from tnc.formats import NumberFormat
 from tnc.metric import Metric
 from tnc.quant import rtn
 from tnc.stats import LayerStats
@@ -38,7 +38,7 @@ class AwqScaling:
     searching each layer alone (jointly for layers that share inputs: `tnc.models.fold`).
     """
 
-    format: IntFormat
+    format: NumberFormat
     grid: int = 20
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ def awq_scale(stats: LayerStats, alpha: float) -> Tensor:
     return _balanced(_magnitude(stats) ** alpha)
 
 
-def awq_error(weight: Tensor, stats: LayerStats, format: IntFormat, scale: Tensor) -> float:
+def awq_error(weight: Tensor, stats: LayerStats, format: NumberFormat, scale: Tensor) -> float:
     """Squared H-error of ``rtn(W diag(s)) diag(1 / s)`` without clipping, products in float32."""
     inner = scale_inputs(weight, stats, scale)
     term = rtn(inner.weight.float(), format, stats=inner.stats, clip_ratios=(1.0,))

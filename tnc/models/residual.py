@@ -88,10 +88,10 @@ def is_rms(module: nn.Module) -> bool:
     return "RMSNorm" in type(module).__name__ and isinstance(getattr(module, "weight", None), Tensor)
 
 
-def take_gain(norm: nn.Module, name: str) -> Tensor:
-    """The gain (d,) of an RMS norm in float64; the norm is left with gain 1.
+def gain_of(norm: nn.Module, name: str) -> tuple[Tensor, float]:
+    """The gain (d,) of an RMS norm in float64, and what is taken off it where it is stored: 0 or 1.
 
-    The gain is measured on a random vector, so that norms which store ``gain - 1`` are understood.
+    The gain is measured on one vector, so that norms which store ``gain - 1`` are understood.
 
     Raises:
         ModelError: if the gain is neither the weight nor the weight plus 1.
@@ -104,9 +104,19 @@ def take_gain(norm: nn.Module, name: str) -> Tensor:
         for offset in (0.0, 1.0):
             exact = weight.double() + offset
             if torch.allclose(gain, exact, rtol=1e-2, atol=1e-4):
-                weight.fill_(1.0 - offset)
-                return exact
-    raise ModelError(f"{name} ({type(norm).__name__}) is no RMS norm with a gain per feature; cannot fuse it.")
+                return exact, offset
+    raise ModelError(f"{name} ({type(norm).__name__}) is no RMS norm with a gain per feature; cannot change it.")
+
+
+def set_gain(norm: nn.Module, gain: Tensor, offset: float) -> None:
+    """Store a gain as the norm stores it."""
+    assign(norm.weight, gain - offset)  # type: ignore[arg-type]
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Write a value into a parameter, in the parameter's dtype."""
+    with torch.no_grad():
+        parameter.copy_(value)
 
 
 def _reading(block: nn.Module, prefix: str, norm: str, readers: dict[str, Tensor]) -> Reading:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tnc.errors import ModelError
-from tnc.models.residual import Stream, residual_stream, same_logits, take_gain, untie
+from tnc.models.residual import Stream, assign, gain_of, residual_stream, same_logits, set_gain, untie
 from tnc.terms import Hadamard
 
 _TOLERANCE = 1e-4  # of the largest logit; transformers takes RMS norms in float32 whatever the dtype
@@ -60,20 +60,21 @@ def rotate_model(model: nn.Module, seed: int = 0, *, inplace: bool = False) -> n
 def fuse_gains(stream: Stream) -> None:
     """Multiply the gains of all norms into the weights that read them; in place."""
     for reading in stream.readings:
-        gain = take_gain(reading.norm[1], reading.norm[0])
+        gain, offset = gain_of(reading.norm[1], reading.norm[0])
+        set_gain(reading.norm[1], torch.ones_like(gain), offset)
         for weight in reading.readers.values():
-            _assign(weight, weight.double() * gain)
+            assign(weight, weight.double() * gain)
 
 
 def _rotate_stream(stream: Stream, seed: int) -> None:
     rotation = Hadamard.random(stream.embedding.embedding_dim, seed=seed)
     for reading in stream.readings:
         for weight in reading.readers.values():
-            _assign(weight, rotation.linear(weight.double()))
+            assign(weight, rotation.linear(weight.double()))
     for weight in stream.writers.values():
-        _assign(weight, rotation.linear(weight.double().mT).mT)
+        assign(weight, rotation.linear(weight.double().mT).mT)
     for vector in (stream.embedding.weight, *stream.biases.values()):
-        _assign(vector, rotation.linear(vector.double()))
+        assign(vector, rotation.linear(vector.double()))
 
 
 def _rotate_values(model: nn.Module, stream: Stream, seed: int) -> None:
@@ -84,19 +85,14 @@ def _rotate_values(model: nn.Module, stream: Stream, seed: int) -> None:
     for name, weight in parameters.items():
         if name.endswith("self_attn.v_proj.weight"):
             heads = weight.double().reshape(-1, head, weight.shape[1]).mT  # (heads, d, head)
-            _assign(weight, rotation.linear(heads).mT.flatten(0, 1))
+            assign(weight, rotation.linear(heads).mT.flatten(0, 1))
         elif name.endswith("self_attn.v_proj.bias"):
-            _assign(weight, rotation.linear(weight.double().reshape(-1, head)).flatten())
+            assign(weight, rotation.linear(weight.double().reshape(-1, head)).flatten())
         elif name.endswith("self_attn.o_proj.weight"):
-            _assign(weight, rotation.linear(weight.double().reshape(len(weight), -1, head)).flatten(1))
+            assign(weight, rotation.linear(weight.double().reshape(len(weight), -1, head)).flatten(1))
 
 
 def _head_size(model: nn.Module, stream: Stream) -> int:
     config = model.config
     size = getattr(config, "head_dim", None) or stream.embedding.embedding_dim // config.num_attention_heads  # type: ignore[union-attr, operator]
     return int(size)
-
-
-def _assign(parameter: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(value)
