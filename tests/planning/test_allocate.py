@@ -147,6 +147,19 @@ def test_fused_groups_take_one_scheme(case, seed):
     assert exact.cost == pytest.approx(best, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_fused_options_hold_the_best_choice_for_every_multiplier(seed):
+    menu = menu_of(seed, 4, 7, shape="curve")
+    group, scheme = np.array([0, 0, 1, 1]), np.arange(len(menu.cost)) % 2
+    scheme[menu.first[:-1]] = 0  # one scheme at least is common
+    fused = fuse(menu, group, scheme).menu
+    possible = [c for c in combinations(menu) if agrees(menu, group, scheme, c)]
+    for multiplier in (0.0, 0.01, 0.1, 0.5, 1.0, 3.0, 10.0, 100.0):
+        best = min(menu.cost[c].sum() + multiplier * menu.usage[c].sum() for c in possible)
+        found = np.minimum.reduceat(fused.cost + multiplier * fused.usage, fused.first[:-1]).sum()
+        assert found == pytest.approx(best, rel=1e-9)
+
+
 def test_certificate_on_two_hundred_random_instances():
     """Within the printed gap of every combination (small) and of HiGHS (large)."""
     for seed in range(180):
