@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load, save
 
 pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("moves between devices are tested in tests/gpu", allow_module_level=True)
 
 from kernels.triton_cases import inputs, low_rank, q_plus_lr
 

@@ -114,6 +114,19 @@ def dot(a, b, acc, F32: tl.constexpr):
 
 
 @triton.jit
+def dot_apart(a, b, acc, F32: tl.constexpr):
+    """`dot` that has finished before its operands' memory is used again.
+
+    Unrolled dots that pass one accumulator on were wrong on Hopper (Triton 3.6, 64 rows and more): the second
+    operands reached shared memory while the first product still read it.
+    """
+    if F32:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return acc + tl.dot(a, b)
+
+
+@triton.jit
 def wait_for(counter, target):
     """Poll until ``counter`` reaches ``target``; whether it did."""
     spins = 0

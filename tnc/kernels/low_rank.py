@@ -17,7 +17,7 @@ from tnc.kernels.tuned import tuned
 from tnc.terms import Expression, LowRank
 
 VECTOR_TOKENS = 2
-TILE_TOKENS = 64  # from here on two cuBLAS products are within 1.7 of the floor
+TILE_TOKENS = 32  # beyond, two cuBLAS products
 MOST_RANK = 2048
 
 
@@ -41,7 +41,7 @@ def vector(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def tile(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Up to 64 tokens by tensor cores."""
+    """Up to 32 tokens by tensor cores."""
     (rows, rank), columns, tokens = left.shape, right.shape[1], x.shape[0]
     config = tuned("low_rank_tile", x.device, rows=rows, columns=columns, rank=rank, tokens=tokens)
     across, block = min(config["across"], tile_of(rank)), tile_of(tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tnc.kernels.decode import dot, grid_wait, wait_for
+from tnc.kernels.decode import dot_apart, grid_wait, wait_for
 from tnc.kernels.qlr_kernels import left_rows, left_vector, produce_tile, produce_vector
 
 
@@ -25,6 +25,9 @@ def low_rank_vector(x, left, right, t, counters, y, N, RANK, M: tl.constexpr, K:
         first = left_rows(left, tl.minimum(start * BN + tl.arange(0, BN), N - 1), 0, RANK, RC)
         grid_wait(PDL)
         fine = True
+        ranks = tl.arange(0, RC)[None, :]
+        t0 = tl.zeros((1, RC), tl.float32)
+        t1 = tl.zeros((1, RC), tl.float32)
         for block in tl.range(start, blocks, STRIDE):
             row = block * BN + tl.arange(0, BN)
             safe = tl.minimum(row, N - 1)
@@ -37,10 +40,13 @@ def low_rank_vector(x, left, right, t, counters, y, N, RANK, M: tl.constexpr, K:
                 if done == STRIDE - 1:
                     tl.atomic_xchg(counters, 0, sem="relaxed")
                     tl.atomic_xchg(counters + 1, 0, sem="relaxed")
-            y0 = tl.where(fine, left_vector(first, left, t, safe, RANK, RK, RC), float("nan"))
+                t0 = tl.load(t + ranks, volatile=True)
+                if M == 2:
+                    t1 = tl.load(t + RK + ranks, volatile=True)
+            y0 = tl.where(fine, left_vector(first, t0, left, t, safe, RANK, RK, RC), float("nan"))
             tl.store(y + row, y0.to(y.dtype.element_ty), mask=row < N)
             if M == 2:
-                y1 = tl.where(fine, left_vector(first, left, t + RK, safe, RANK, RK, RC), float("nan"))
+                y1 = tl.where(fine, left_vector(first, t1, left, t + RK, safe, RANK, RK, RC), float("nan"))
                 tl.store(y + N + row, y1.to(y.dtype.element_ty), mask=row < N)
             if LOOP:
                 first = first_next
@@ -64,11 +70,11 @@ def low_rank_tile(x, left, right, t, tslab, counters, y, M, N, RANK, BM: tl.cons
         fine = wait_for(counters, PRODUCERS // KS)
         done = tl.atomic_add(counters + 1, 1, sem="relaxed")
         a = tl.load(t + m * RK + r[None, :], volatile=True)
-        acc = dot(a, b.to(a.dtype), acc, F32)
+        acc = dot_apart(a, b.to(a.dtype), acc, F32)
         for r0 in tl.static_range(RC, RK, RC):
             b = tl.trans(left_rows(left, safe, r0, RANK, RC))
             a = tl.load(t + m * RK + r0 + r[None, :], volatile=True)
-            acc = dot(a, b.to(a.dtype), acc, F32)
+            acc = dot_apart(a, b.to(a.dtype), acc, F32)
         inside = (m < M) & (column < N)[None, :]
         place = m * tl.cast(N, tl.int64) + column[None, :]
         tl.store(y + place, tl.where(fine, acc, float("nan")).to(y.dtype.element_ty), mask=inside)

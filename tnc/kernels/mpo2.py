@@ -39,7 +39,7 @@ def fused(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     mpo2_kernel[(blocks * slices,)](
         x, first[0].permute(2, 1, 0).contiguous(), second.contiguous(), slab, counters(x.device).take(blocks), y,
         tokens, o1, o2, i1, i2, bond, wide, tile_of(i1), tile_of(i2), outputs, together, depth, slices,
-        INTERPRETED or x.dtype == torch.float32, pdl, num_warps=config["warps"],
+        INTERPRETED or x.dtype == torch.float32, pdl, num_warps=config["warps"], num_stages=config["stages"],
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y
@@ -54,7 +54,8 @@ def rebuild(first: Tensor, second: Tensor) -> Tensor:
     pdl = overlaps(first.device)
     rebuild_mpo2[(o1, math.ceil(o2 / config["outputs"]), math.ceil(i1 / high))](
         first.contiguous(), second.contiguous(), weight, i1, i2, o2, bond, high, tile_of(i2), min(64, deep), deep,
-        config["outputs"], INTERPRETED or first.dtype == torch.float32, pdl, num_warps=config["warps"], num_stages=2,
+        config["outputs"], INTERPRETED or first.dtype == torch.float32, pdl,
+        num_warps=config["warps"], num_stages=config["stages"],
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return weight

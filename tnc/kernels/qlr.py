@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tnc.formats import IntFormat
 from tnc.kernels.launch import counters
-from tnc.kernels.qlr_ops import TILE_TOKENS, VECTOR_TOKENS, qlr
+from tnc.kernels.qlr_ops import TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.kernels.words import LOW_BITS, code_words, codes_of, group_words, groups_of, unit_of
 from tnc.terms import Expression, LowRank, Quantized, Sum
@@ -72,8 +72,8 @@ class QLR:
         """What runs, by tokens."""
         low_rank = "" if self.factors is None else " + L (R x)"
         return (
-            f"up to {TILE_TOKENS} tokens: dequant(Q) x{low_rank} in one launch (up to {VECTOR_TOKENS} by float32 FMA); "
-            "more: the weight rebuilt once, then one multiplication"
+            f"up to {TILE_TOKENS} tokens ({TALL_TOKENS} to rank {TALL_RANK}): dequant(Q) x{low_rank} in one launch "
+            f"(up to {VECTOR_TOKENS} by float32 FMA); more: the weight rebuilt once, then one multiplication"
         )
 
     def _replaced(self) -> set[str]:

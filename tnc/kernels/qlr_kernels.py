@@ -16,6 +16,7 @@ import triton.language as tl
 from tnc.kernels.decode import (
     centred,
     dot,
+    dot_apart,
     grid_wait,
     half_nibbles,
     lifted,
@@ -55,10 +56,10 @@ def left_rows(left, safe, r0, RANK, RC: tl.constexpr):
 
 
 @triton.jit
-def left_vector(first, left, t, safe, RANK, RK: tl.constexpr, RC: tl.constexpr):
-    """``L t`` for the rows ``safe``; the ``first`` columns of L are there."""
+def left_vector(first, inner, left, t, safe, RANK, RK: tl.constexpr, RC: tl.constexpr):
+    """``L t`` for the rows ``safe``; the ``first`` columns of L and the ``inner`` first entries of t are there."""
     r = tl.arange(0, RC)[None, :]
-    y = tl.sum(first.to(tl.float32) * tl.load(t + r, volatile=True), 1)
+    y = tl.sum(first.to(tl.float32) * inner, 1)
     for r0 in tl.static_range(RC, RK, RC):
         factor = left_rows(left, safe, r0, RANK, RC)
         y += tl.sum(factor.to(tl.float32) * tl.load(t + r0 + r, volatile=True), 1)
@@ -172,6 +173,9 @@ def qlr_vector(x, low, high, groups, left, right, t, slab, counters, y, N, RANK,
         if M == 2:
             xs1 = inputs(x + K, unit, last, K, EVEN, UC, H, UNIT)
         fine = True
+        ranks = tl.arange(0, RC)[None, :]
+        t0 = tl.zeros((1, RC), tl.float32)
+        t1 = tl.zeros((1, RC), tl.float32)
         for block in tl.range(start, blocks, STRIDE):
             row = block * BN + tl.arange(0, BN)
             safe = tl.minimum(row, N - 1)
@@ -191,9 +195,12 @@ def qlr_vector(x, low, high, groups, left, right, t, slab, counters, y, N, RANK,
                         if done == STRIDE - 1:
                             tl.atomic_xchg(counters, 0, sem="relaxed")
                             tl.atomic_xchg(counters + 1, 0, sem="relaxed")
-                    y0 = tl.where(fine, y0 + left_vector(first, left, t, safe, RANK, RK, RC), float("nan"))
+                        t0 = tl.load(t + ranks, volatile=True)
+                        if M == 2:
+                            t1 = tl.load(t + RK + ranks, volatile=True)
+                    y0 = tl.where(fine, y0 + left_vector(first, t0, left, t, safe, RANK, RK, RC), float("nan"))
                     if M == 2:
-                        y1 = tl.where(fine, y1 + left_vector(first, left, t + RK, safe, RANK, RK, RC), float("nan"))
+                        y1 = tl.where(fine, y1 + left_vector(first, t1, left, t + RK, safe, RANK, RK, RC), float("nan"))
             store_vector(slab, y, y0, 0, row, split, N, M, SK)
             if M == 2:
                 store_vector(slab, y, y1, 1, row, split, N, M, SK)
@@ -308,7 +315,7 @@ def qlr_tile(x, low, high, groups, left, right, t, tslab, slab, counters, y, M, 
                         left + safe.to(tl.int64)[None, :] * RANK + r[:, None], mask=(r < RANK)[:, None], other=0.0
                     )
                     a = tl.load(t + m * RK + r[None, :], volatile=True)
-                    acc = dot(a, b.to(a.dtype), acc, F32)
+                    acc = dot_apart(a, b.to(a.dtype), acc, F32)
                 acc = tl.where(fine, acc, float("nan"))
                 if done == blocks - 1:
                     tl.atomic_xchg(counters, 0, sem="relaxed")

@@ -11,7 +11,7 @@ from torch import Tensor
 from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of
 from tnc.kernels.qlr_kernels import qlr_tile, qlr_vector
 from tnc.kernels.rebuild_kernels import rebuild_qlr
-from tnc.kernels.tuned import tuned
+from tnc.kernels.tuned import predicted, tuned
 from tnc.kernels.words import unit_of
 
 _ONE = 134 << 23  # the bit pattern of 2.0 ** 7
@@ -50,6 +50,14 @@ def _shape_key(packed: Packed, kernel: str, tokens: int) -> dict[str, int]:
     return tuned(kernel, packed.low.device, rows=rows, columns=columns, rank=rank, bits=packed.bits, tokens=tokens)
 
 
+def faster(packed: Packed, tokens: int) -> bool:
+    """Whether `vector` is expected to be at least as fast as `tile`."""
+    rows, columns, rank = packed.shape
+    sizes = {"rows": rows, "columns": columns, "rank": rank, "bits": packed.bits, "tokens": tokens}
+    device = packed.low.device
+    return predicted("qlr_vector", device, **sizes) <= predicted("qlr_tile", device, **sizes)
+
+
 def vector(x: Tensor, packed: Packed) -> Tensor:
     """One or two tokens (M, in_features) to (M, out_features)."""
     rows, columns, rank = packed.shape
@@ -68,7 +76,8 @@ def vector(x: Tensor, packed: Packed) -> Tensor:
     qlr_vector[(producers + stride * splits,)](
         x, packed.low, packed.high, packed.groups, packed.left, packed.right, work, work[x.shape[0] * padded :],
         counters(x.device).take(2 + blocks), y, rows, max(rank, 1), _ONE, x.shape[0], columns, packed.bits,
-        packed.half, packed.group, padded, config["ranks"], min(4096, tile_of(columns)), producers, config["rows"],
+        packed.half, packed.group, padded, config["ranks"], min(4096, 1024 * warps,
+        tile_of(columns)), producers, config["rows"],
         chunk, splits, stride, stride < blocks, pdl, num_warps=warps, **_options(pdl),
     )  # fmt: skip
     return y
@@ -109,12 +118,15 @@ def rebuild(packed: Packed, dtype: torch.dtype) -> Tensor:
     weight = torch.empty(rows, columns, dtype=dtype, device=packed.low.device)
     ranks = tile_of(rank, most=64)
     padded = math.ceil(rank / ranks) * ranks if rank else 0
+    stages = config["stages"] if padded <= ranks else 1  # two blocks of ranks in flight are 328 KB of shared memory
     pdl = overlaps(weight.device)
-    grid = (math.ceil(rows / config["rows"]), math.ceil(columns / unit_of(packed.bits)))
+    grid = (math.ceil(rows / config["rows"]), math.ceil(columns / unit_of(packed.bits) / config["units"]))
     rebuild_qlr[grid](
-        packed.low.view(torch.int16), packed.high.view(torch.int16), packed.groups, packed.left, packed.right, weight,
+        packed.low.view(torch.int16), packed.high.view(torch.int16), packed.groups, packed.left.to(dtype),
+        packed.right.to(dtype), weight,
         rows, max(rank, 1), columns, packed.bits, packed.half, packed.group, padded, ranks, config["rows"],
-        _exact(weight), not INTERPRETED, pdl, num_warps=config["warps"], **_options(pdl),
+        config["units"], stages, _exact(weight), not _exact(weight), pdl,
+        num_warps=config["warps"], **_options(pdl),
     )  # fmt: skip
     return weight
 

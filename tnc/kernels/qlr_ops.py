@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.kernels.qlr_launch import Packed, rebuild, tile, vector
+from tnc.kernels.qlr_launch import Packed, faster, rebuild, tile, vector
 from tnc.kernels.words import codes_of, groups_of
 
 VECTOR_TOKENS = 2  # up to here float32 FMA
-TILE_TOKENS = 64  # up to here one fused launch; more rebuild the weight once and multiply
+TILE_TOKENS = 32  # up to here one fused launch; more rebuild the weight once and multiply
+TALL_TOKENS, TALL_RANK = 64, 64  # a tile of 64 tokens with more ranks does not pay
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -36,9 +37,10 @@ def run(x: Tensor, packed: Packed) -> Tensor:
         return x.new_empty(0, packed.shape[0])
     if x.dtype == torch.float64:
         return linear(x, dense(packed, x.dtype))
-    if tokens <= VECTOR_TOKENS:
+    if tokens == 1 or (tokens <= VECTOR_TOKENS and (x.dtype == torch.float32 or faster(packed, tokens))):
         return vector(x, packed)
-    if tokens <= TILE_TOKENS and x.dtype != torch.float32:
+    tall = tokens <= TALL_TOKENS and packed.shape[2] <= TALL_RANK
+    if (tokens <= TILE_TOKENS or tall) and x.dtype != torch.float32:
         return tile(x, packed)
     return linear(x, rebuild(packed, x.dtype))
 

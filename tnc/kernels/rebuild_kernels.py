@@ -7,52 +7,62 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tnc.kernels.decode import centred, dot, grid_wait, half_nibbles, scale_and_zero
+from tnc.kernels.decode import centred, dot_apart, grid_wait, half_nibbles, scale_and_zero
 
 
 @triton.jit
 def rebuild_qlr(low, high, groups, left, right, weight, N, RANK, K: tl.constexpr, BITS: tl.constexpr,
                 HALF: tl.constexpr, GROUP: tl.constexpr, RK: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr,
-                F32: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """``BN`` rows of one unit of ``dequant(Q) + L R``, added in float32 and rounded once; 32 columns at a time."""
+                UP: tl.constexpr, STAGES: tl.constexpr, F32: tl.constexpr, ASM: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
+    """``BN`` rows and ``UP`` units of ``dequant(Q) + L R``, added in float32 and rounded once, 32 columns at a time."""
     STEP: tl.constexpr = 4 if BITS == 3 else BITS
     PARTS: tl.constexpr = 2 if BITS == 3 else 1
     UNIT: tl.constexpr = 256 if BITS == 3 else 512 // BITS
+    UNITS: tl.constexpr = (K + UNIT - 1) // UNIT
     COUNT: tl.constexpr = 16 // STEP
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     wide = tl.cast(N, tl.int64)
-    unit = tl.program_id(1)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     safe = tl.minimum(row, N - 1).to(tl.int64)
     h = tl.arange(0, 32)
-    place = unit * wide + safe
-    w = tl.load(low + place[:, None] * 32 + h[None, :])
-    top = w
-    if BITS == 3:
-        top = tl.load(high + place[:, None] * 16 + (h % 16)[None, :]) >> (2 * (h // 16)).to(tl.int16)[None, :]
+    r = tl.arange(0, RB)
     grid_wait(PDL)
-    for part in tl.static_range(PARTS):
-        n = half_nibbles(w, top, part, BITS, ASM)
-        for c in tl.static_range(COUNT):
-            start = unit * UNIT + 32 * (PARTS * c + part)
-            group = tl.minimum(start // GROUP, GROUPS - 1)
-            s, z = scale_and_zero(tl.load(groups + group * wide + safe), HALF)
-            k = start + h
-            if ASM and BITS != 8:
-                z += 1024 if left.dtype.element_ty == tl.float16 else 128
-            z = tl.broadcast_to(z.to(left.dtype.element_ty)[:, None], (BN, 32))
-            value = centred(n, z, STEP * c, BITS, left.dtype.element_ty == tl.float16, ASM).to(tl.float32) * s[:, None]
-            if RK > 0:
-                acc = tl.zeros((BN, 32), tl.float32)
-                for r0 in tl.static_range(0, RK, RB):
-                    r = r0 + tl.arange(0, RB)
-                    a = tl.load(left + safe[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-                    b = tl.load(right + r[:, None].to(tl.int64) * K + k[None, :],
-                                mask=(r < RANK)[:, None] & (k < K)[None, :], other=0.0)  # fmt: skip
-                    acc = dot(a, b.to(a.dtype), acc, F32)
-                value += acc
-            inside = (row < N)[:, None] & (k < K)[None, :]
-            tl.store(weight + safe[:, None] * K + k[None, :], value.to(weight.dtype.element_ty), mask=inside)
+    if RK > 0:
+        first = tl.load(left + safe[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+    for unit in tl.range(tl.program_id(1) * UP, tl.minimum((tl.program_id(1) + 1) * UP, UNITS), num_stages=STAGES):
+        place = unit * wide + safe
+        w = tl.load(low + place[:, None] * 32 + h[None, :])
+        top = w
+        if BITS == 3:
+            top = tl.load(high + place[:, None] * 16 + (h % 16)[None, :]) >> (2 * (h // 16)).to(tl.int16)[None, :]
+        for part in tl.static_range(PARTS):
+            n = half_nibbles(w, top, part, BITS, ASM)
+            for c in tl.static_range(COUNT):
+                start = unit * UNIT + 32 * (PARTS * c + part)
+                group = tl.minimum(start // GROUP, GROUPS - 1)
+                s, z = scale_and_zero(tl.load(groups + group * wide + safe), HALF)
+                k = start + h
+                if ASM and BITS != 8:
+                    z += 1024 if left.dtype.element_ty == tl.float16 else 128
+                z = tl.broadcast_to(z.to(left.dtype.element_ty)[:, None], (BN, 32))
+                code = centred(n, z, STEP * c, BITS, left.dtype.element_ty == tl.float16, ASM)
+                value = code.to(tl.float32) * s[:, None]
+                if RK > 0:
+                    acc = tl.zeros((BN, 32), tl.float32)
+                    for r0 in tl.static_range(0, RK, RB):
+                        rank = r0 + r
+                        a = first
+                        if r0 > 0:
+                            a = tl.load(
+                                left + safe[:, None] * RANK + rank[None, :], mask=(rank < RANK)[None, :], other=0.0
+                            )
+                        b = tl.load(right + rank[:, None].to(tl.int64) * K + k[None, :],
+                                    mask=(rank < RANK)[:, None] & (k < K)[None, :], other=0.0)  # fmt: skip
+                        acc = dot_apart(a, b.to(a.dtype), acc, F32)
+                    value += acc
+                inside = (row < N)[:, None] & (k < K)[None, :]
+                tl.store(weight + safe[:, None] * K + k[None, :], value.to(weight.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -72,6 +82,6 @@ def rebuild_mpo2(first, second, weight, I1, I2, O2, D, I1P: tl.constexpr, I2P: t
             )
             b = tl.load(second + (d[:, None].to(tl.int64) * O2 + each) * I2 + i2[None, :],
                         mask=(d < D)[:, None] & (i2 < I2)[None, :], other=0.0)  # fmt: skip
-            acc = dot(a, b, acc, F32)
+            acc = dot_apart(a, b, acc, F32)
         place = ((o1 * O2 + each) * I1 + i1[:, None]) * I2 + i2[None, :]
         tl.store(weight + place, acc.to(weight.dtype.element_ty), mask=(i1 < I1)[:, None] & (i2 < I2)[None, :])

@@ -1,0 +1,225 @@
+"""Times of the fused kernels on this GPU, cold weights, CUDA graphs; every answer is checked before its clock starts.
+
+A row is captured ``R`` times over ``R`` weight sets of together 300 MB, so weights come from memory and x from L2; the
+time is the median of 15 replays, L2 flushed before each, over R. Gaps between launches are included.
+
+python -m benchmarks.gpu [--out results/gpu.json] [--only qlr]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.gpu_decoder import decoders
+from tnc.kernels import low_rank as low_rank_row
+from tnc.kernels import mpo2 as mpo2_row
+from tnc.kernels.qlr_launch import Packed
+from tnc.kernels.qlr_ops import dense, run
+from tnc.kernels.words import group_words, unit_of
+
+BRAIN = torch.bfloat16
+TOTAL = 300e6  # bytes of all weight sets
+SHAPES = ((4096, 4096), (14336, 4096))
+
+
+@dataclass
+class Row:
+    """One timed way of one shape: ``launch(set)`` runs it, ``exact`` is the float64 answer of set 0."""
+
+    kernel: str
+    shape: str
+    tokens: int
+    sets: list[tuple[Tensor, ...] | Packed]
+    launch: Callable[..., Tensor]
+    exact: Tensor
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    """bfloat16 normal numbers."""
+    return (torch.randn(*shape, device="cuda") * scale).to(BRAIN)
+
+
+def packed(rows: int, columns: int, bits: int, rank: int) -> Packed:
+    """Random codes, scales and factors, group 128."""
+    units = columns // unit_of(bits)
+    low = torch.randint(-(2**31), 2**31 - 1, (units, rows, 16), dtype=torch.int32, device="cuda")
+    high = torch.randint(-(2**31), 2**31 - 1, (units, rows, 8), dtype=torch.int32, device="cuda") if bits == 3 else low
+    scale = (torch.rand(rows, columns // 128, device="cuda") / 2**bits / 40 + 1e-4).to(BRAIN)
+    zero = torch.randint(0, 2**bits, scale.shape, device="cuda")
+    left, right = normal(rows, rank, scale=0.05), normal(rank, columns, scale=0.05)
+    return Packed(low, high, group_words(scale, zero), left, right, bits, 128, False)
+
+
+def count(size: float, tokens: int) -> int:
+    """Weight sets that make `TOTAL` bytes."""
+    return max(3, min(64 if tokens <= 16 else 16, int(TOTAL / size)))
+
+
+def microseconds(row: Row) -> float:
+    """Median time of one launch."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        row.launch(row.sets[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [row.launch(each) for each in row.sets]
+    times = []
+    for _ in range(15):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(kept))
+    return statistics.median(times)
+
+
+def error(row: Row) -> float:
+    """Relative error of set 0, with NaN in memory that nothing wrote."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    y = row.launch(row.sets[0]).double()
+    torch.use_deterministic_algorithms(False)
+    return float((y - row.exact).norm() / row.exact.norm())
+
+
+def dense_rows() -> list[Row]:
+    """The dense layer."""
+    rows = []
+    for n, k in SHAPES:
+        sets = [(normal(n, k, scale=0.02),) for _ in range(count(2 * n * k, 1))]
+        for tokens in (1, 16, 64, 512, 4096):
+            x = normal(tokens, k)
+            exact = x.double() @ sets[0][0].double().T
+            rows.append(Row("dense bf16", f"{k}->{n}", tokens, sets, lambda s, x=x: linear(x, s[0]), exact))
+    return rows
+
+
+def qlr_rows() -> list[Row]:
+    """Q + L R, and Q alone."""
+    rows = []
+    for n, k in SHAPES:
+        for bits, rank, many in [(4, 64, (1, 2, 16, 32, 64, 512, 4096)), (4, 0, (1, 16)), (4, 128, (1, 16)),
+                                 (2, 64, (1, 16)), (3, 64, (1, 16)), (8, 64, (1, 16))]:  # fmt: skip
+            sets = [packed(n, k, bits, rank) for _ in range(count(n * k * (bits + 0.25) / 8, 1))]
+            weight = dense(sets[0], torch.float64)
+            for tokens in many:
+                x = normal(tokens, k)
+                name = f"int{bits} g128 + rank {rank}"
+                rows.append(Row(name, f"{k}->{n}", tokens, sets, lambda s, x=x: run(x, s), x.double() @ weight.T))
+    return rows
+
+
+def _tinygemm(n: int, k: int) -> tuple[Tensor, ...]:
+    codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.int32)
+    words = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
+    scale = torch.rand(k // 128, n, 1, device="cuda") / 600 + 1e-4
+    both = torch.cat([scale, torch.zeros_like(scale)], 2).to(BRAIN)
+    return words, both, normal(n, 64, scale=0.05), normal(64, k, scale=0.05), codes
+
+
+def unfused_rows() -> list[Row]:
+    """Tinygemm's int4 kernel and the two products of the low-rank term, the best composition at one token."""
+    rows = []
+    for n, k in SHAPES:
+        sets = [_tinygemm(n, k) for _ in range(count(n * k * 4.25 / 8, 1))]
+        _, both, left, right, codes = sets[0]
+        scale = both[..., 0].double().T.repeat_interleave(128, 1)
+        weight = (codes.double() - 8) * scale + left.double() @ right.double()
+        sets = [each[:4] for each in sets]
+        for tokens in (1, 16):
+            x = normal(tokens, k)
+
+            def launch(s: tuple[Tensor, ...], x: Tensor = x) -> Tensor:
+                y = torch.ops.aten._weight_int4pack_mm(x, s[0], 128, s[1])
+                return torch.addmm(y, linear(x, s[3]), s[2].T)
+
+            rows.append(
+                Row("unfused: tinygemm int4 + rank 64", f"{k}->{n}", tokens, sets, launch, x.double() @ weight.T)
+            )
+    return rows
+
+
+def low_rank_rows() -> list[Row]:
+    """L (R x), fused and as two products."""
+    rows = []
+    for (n, k), rank in zip(SHAPES, (512, 800), strict=True):
+        sets = [(normal(n, rank), normal(rank, k, scale=0.02)) for _ in range(count(2 * rank * (n + k), 1))]
+        for tokens in (1, 16, 64):
+            x = normal(tokens, k)
+            exact = x.double() @ sets[0][1].double().T @ sets[0][0].double().T
+            fused = lambda s, x=x: low_rank_row.low_rank(x, *s)  # noqa: E731
+            apart = lambda s, x=x: linear(linear(x, s[1]), s[0])  # noqa: E731
+            rows += [Row(f"low rank {rank}", f"{k}->{n}", tokens, sets, fused, exact),
+                     Row(f"low rank {rank}, two products", f"{k}->{n}", tokens, sets, apart, exact)]  # fmt: skip
+    return rows
+
+
+def mpo_rows() -> list[Row]:
+    """Two cores, fused and by torch's einsum."""
+    rows = []
+    for o1, i1, o2, i2 in ((64, 64, 64, 64), (112, 64, 128, 64)):
+        size = 2 * 64 * (o1 * i1 + o2 * i2)
+        sets = []
+        for _ in range(count(size, 1)):
+            first = normal(64, i1, o1, 1, scale=0.1).permute(3, 2, 1, 0)  # bond-major in memory, as modules hold it
+            sets.append((first, normal(64, o2, i2, 1, scale=0.1)))
+        weight = torch.einsum("yaid,dbjz->abij", *(t.double() for t in sets[0])).reshape(o1 * o2, i1 * i2)
+        for tokens in (1, 16, 64, 512):
+            x = normal(tokens, i1 * i2)
+            exact, some = x.double() @ weight.T, sets if tokens <= 16 else sets[:16]
+            fused = lambda s, x=x: mpo2_row.mpo2(x, *s)  # noqa: E731
+            plain = lambda s, x=x, i1=i1: torch.einsum(  # noqa: E731
+                "tij,yaid,dbjz->tab", x.unflatten(1, (i1, -1)), *s
+            ).flatten(1)
+            rows.append(Row("mpo, bond 64", f"{i1 * i2}->{o1 * o2}", tokens, some, fused, exact))
+            rows.append(Row("mpo, bond 64, einsum", f"{i1 * i2}->{o1 * o2}", tokens, some, plain, exact))
+    return rows
+
+
+GROUPS = {"dense": dense_rows, "qlr": qlr_rows, "unfused": unfused_rows, "low_rank": low_rank_rows, "mpo": mpo_rows}
+
+
+def main() -> None:
+    """Run, print and store every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
+    parser.add_argument("--only", choices=[*GROUPS, "decoder"])
+    arguments = parser.parse_args()
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    print(json.dumps(machine))
+    found = []
+    torch.manual_seed(0)
+    for name, make in GROUPS.items():
+        if arguments.only in (None, name):
+            for row in make():
+                wrong = error(row)
+                time = microseconds(row) if wrong < 1e-2 else None
+                found.append(
+                    {"kernel": row.kernel, "shape": row.shape, "tokens": row.tokens, "error": wrong, "us": time}
+                )
+                shown = "no time: wrong" if time is None else f"{time:9.2f} us"
+                print(f"{row.kernel:<34}{row.shape:<14}{row.tokens:>5} {shown}  error {wrong:.1e}", flush=True)
+            torch.cuda.empty_cache()
+    if arguments.only in (None, "decoder"):
+        for each in decoders():
+            found.append(each)
+            print(each, flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

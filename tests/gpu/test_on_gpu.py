@@ -1,0 +1,144 @@
+"""What the interpreter cannot show: races, graph replay, streams, offsets past 2**31. Needs a CUDA device."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("triton")
+
+from kernels.triton_cases import ROUNDING, Case, answer, check, inputs, low_rank, q_plus_lr
+
+from tnc.kernels import low_rank as low_rank_row
+from tnc.kernels import mpo2, qlr
+from tnc.kernels.qlr_launch import Packed, rebuild, vector
+from tnc.kernels.qlr_ops import dense
+from tnc.modules import FactoredLinear
+from tnc.terms import Mpo
+
+BRAIN = torch.bfloat16
+FRESH = 50
+
+
+def two_cores():
+    generator = torch.Generator().manual_seed(0)
+    cores = [
+        torch.randn(shape, generator=generator).to(BRAIN).cuda() / 8 for shape in [(1, 64, 32, 24), (24, 48, 64, 1)]
+    ]
+    matrix = torch.einsum("yaid,dbjz->abij", *(core.double() for core in cores)).reshape(64 * 48, 32 * 64)
+    return Case(Mpo(tuple(cores)), matrix)
+
+
+CASES = {
+    **{f"int{bits}": (qlr, q_plus_lr(1000, 2048, bits, group=128, rank=64, dtype=BRAIN)) for bits in (2, 3, 4, 8)},
+    "int4 g32 rank 200": (qlr, q_plus_lr(777, 1536, 4, group=32, rank=200, dtype=BRAIN)),
+    "int4 alone": (qlr, q_plus_lr(4096, 4096, 4, group=128, rank=None)),
+    "low rank": (low_rank_row, low_rank(3000, 2048, 300, dtype=BRAIN)),
+    "two cores": (mpo2, two_cores()),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 31, 64, 200])
+def test_fresh_inputs_agree_with_float64_and_with_a_second_run(name, tokens):
+    row, case = CASES[name]
+    bound = row.bind(case.operator)
+    tensors = case.operator.tensors()
+    held = bound.pack(tensors) if hasattr(bound, "pack") else tensors
+    columns = case.operator.shape[1]
+    for seed in range(FRESH):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        x = torch.randn(tokens, columns, generator=generator, device="cuda").to(BRAIN)
+        y = bound(x, held)
+        assert torch.equal(y, bound(x, held))
+        exact = x.double() @ case.matrix.T
+        assert ((y.double() - exact).norm(dim=-1) <= ROUNDING[BRAIN] * exact.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+def test_a_captured_graph_follows_its_inputs(name, tokens):
+    row, case = CASES[name]
+    bound, tensors = row.bind(case.operator), case.operator.tensors()
+    held = bound.pack(tensors) if hasattr(bound, "pack") else tensors
+    x = inputs(tokens, case.operator.shape[1], BRAIN)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        bound(x, held)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            y = bound(x, held)
+    for seed in range(20):
+        x.copy_(inputs(tokens, case.operator.shape[1], BRAIN, seed=seed))
+        graph.replay()
+        assert torch.equal(y, bound(x, held))
+
+
+def test_streams_do_not_share_counters():
+    case = q_plus_lr(4096, 4096, 4, group=128, rank=64, dtype=BRAIN)
+    bound = qlr.bind(case.operator)
+    held = bound.pack(case.operator.tensors())
+    xs = [inputs(tokens, 4096, BRAIN, seed=tokens) for tokens in (1, 2, 8, 16)]
+    expected = [bound(x, held) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    found = [[] for _ in xs]
+    for _ in range(30):
+        for x, stream, into in zip(xs, streams, found, strict=True):
+            with torch.cuda.stream(stream):
+                into.append(bound(x, held))
+    torch.cuda.synchronize()
+    for y, many in zip(expected, found, strict=True):
+        assert all(torch.equal(y, each) for each in many)
+
+
+def test_a_module_moves_to_the_gpu_and_back():
+    operator = q_plus_lr(640, 512, 3, group=128, rank=16, dtype=BRAIN).operator
+    module = FactoredLinear(operator).cpu()
+    before = module.state_dict()
+    module = module.to("cuda", BRAIN)
+    assert "qlr: chosen" in module.explain() and "in one launch" in module.explain()
+    assert all(torch.equal(module.state_dict()[name].cpu(), tensor) for name, tensor in before.items())
+    x = inputs(3, 512, BRAIN)
+    exact = x.double() @ module.operator.to_dense().double().T
+    assert (module(x).double() - exact).norm() <= ROUNDING[BRAIN] * exact.norm()
+    back = module.cpu()
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_torch_compile_keeps_one_graph(tokens):
+    module = FactoredLinear(q_plus_lr(640, 512, 4, group=128, rank=16, dtype=BRAIN).operator).to("cuda", BRAIN)
+    x = inputs(tokens, 512, BRAIN)
+    compiled = torch.compile(module, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_offsets_past_two_to_the_31():
+    rows, columns = 70_000, 32_768
+    low = torch.randint(-(2**31), 2**31 - 1, (columns // 128, rows, 16), dtype=torch.int32, device="cuda")
+    groups = torch.full((columns // 128, rows), 0x2000_0000 // 2**12, dtype=torch.int32, device="cuda") | (7 << 16)
+    packed = Packed(
+        low, low, groups, low.new_zeros(rows, 0, dtype=BRAIN), low.new_zeros(0, columns, dtype=BRAIN), 4, 128, True
+    )
+    some = torch.tensor([0, 1, 65_535, 65_536, rows - 1], device="cuda")
+    part = Packed(*(t[:, some].contiguous() for t in (low, low, groups)), packed.left[:5], packed.right, 4, 128, True)
+    exact = dense(part, torch.float64)
+    weight = rebuild(packed, BRAIN)
+    assert weight.numel() > 2**31
+    assert (weight[some].double() - exact).norm() <= ROUNDING[BRAIN] * exact.norm()
+    x = inputs(1, columns, BRAIN)
+    y = vector(x, packed)[:, some].double()
+    assert (y - x.double() @ exact.T).norm() <= ROUNDING[BRAIN] * (x.double() @ exact.T).norm()
+
+
+def test_small_under_the_sanitizer():
+    """Short enough for compute-sanitizer (``make sanitize-gpu``)."""
+    for tokens in (1, 2, 5):
+        check(qlr, q_plus_lr(70, 256, 4, group=64, rank=9, dtype=BRAIN), inputs(tokens, 256, BRAIN))
+        check(low_rank_row, low_rank(70, 100, 20, dtype=BRAIN), inputs(tokens, 100, BRAIN))
+    case = two_cores()
+    assert answer(mpo2, case, inputs(3, 32 * 64, BRAIN)).isfinite().all()
