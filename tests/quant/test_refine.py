@@ -16,7 +16,7 @@ from tnc.quant.refine import _Sides, _swept
 from tnc.quant.rescale import refit_scales
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
-from tnc.testing import check_quantizer
+from tnc.testing import check_quantizer, entry_formats
 
 FEW = settings(deadline=None, max_examples=20)
 FORMATS = (
@@ -194,7 +194,7 @@ def test_a_metric_of_ones_own():
 
 
 def test_obeys_the_laws_of_quantizers():
-    check_quantizer(lambda w, s, f: refine(w, gptq(w, s, f), s, sweeps=2), max_examples=12)
+    check_quantizer(lambda w, s, f: refine(w, gptq(w, s, f), s, sweeps=2), formats_of=entry_formats, max_examples=12)
 
 
 def test_errors():
