@@ -42,9 +42,8 @@ def test_states_are_the_last_bits_of_the_ring(rows, sizes, length, seed):
     states = format.states(codes)
     pieces = format.sequences(rows)
     assert [first for first, _ in pieces] == [0, *(last for _, last in pieces[:-1])] and pieces[-1][1] == rows
-    assert (
-        max(b - a for a, b in pieces) <= length and max(b - a for a, b in pieces) - min(b - a for a, b in pieces) <= 1
-    )
+    lengths = [last - first for first, last in pieces]
+    assert max(lengths) <= length and max(lengths) - min(lengths) <= 1
     for first, last in pieces:
         ring = codes[first:last, 0].tolist()
         for t in range(last - first):

@@ -6,7 +6,7 @@ from tnc.formats import IntFormat, TableFormat, number_format
 from tnc.quant import hqq, rtn
 from tnc.quant.clip import fit_grid
 from tnc.quant.hqq import _refit, _shrink
-from tnc.testing import check_quantizer
+from tnc.testing import check_quantizer, entry_formats
 
 
 def loss(weight, term, power):
@@ -71,7 +71,9 @@ def test_zero_points_and_scales_are_least_squares_where_nothing_is_shrunk():
 
 
 def test_obeys_the_laws_of_quantizers():
-    check_quantizer(lambda w, s, f: hqq(w, s, f, iterations=5).term, nearest=True, max_examples=12)
+    check_quantizer(
+        lambda w, s, f: hqq(w, s, f, iterations=5).term, nearest=True, formats_of=entry_formats, max_examples=12
+    )
 
 
 def test_errors():

@@ -7,7 +7,7 @@ from tnc.formats import IntFormat, TableFormat, number_format
 from tnc.metric import Metric
 from tnc.quant import autoround, learned_clipping, rtn, yaqa
 from tnc.stats import LayerStats
-from tnc.testing import check_quantizer
+from tnc.testing import check_quantizer, entry_formats
 
 FORMATS = (
     IntFormat(2, 8), IntFormat(4, None, True), number_format("nf4", group_size=8), TableFormat("e2m1", 8, scale="e8m0"),
@@ -100,7 +100,7 @@ def test_start_hands_on_its_notes():
 
 @pytest.mark.parametrize("method", [autoround, learned_clipping])
 def test_obeys_the_laws_of_quantizers(method):
-    check_quantizer(lambda w, s, f: method(w, s, f, steps=5).term, max_examples=8)
+    check_quantizer(lambda w, s, f: method(w, s, f, steps=5).term, formats_of=entry_formats, max_examples=8)
 
 
 def test_errors():

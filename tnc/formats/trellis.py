@@ -43,7 +43,7 @@ _GAIN = {
     2: 1.02,
     3: 1.07,
     4: 1.1,
-}  # scale over root mean square of least error on Gaussian entries, measured at 12 bits
+}  # scale over root mean square: least error on Gaussian entries, 12 bits
 
 
 @register_format

@@ -130,11 +130,24 @@ def int_formats(
 def formats(in_features: int | None = None) -> st.SearchStrategy[NumberFormat]:
     """Number formats of every kind that fit ``in_features`` columns; only per-row ones for ``None``.
 
-    Groups divide the columns, or are padded; tables may have one scale for several rows.
+    Groups divide the columns, or are padded; tables may have one scale for several rows; a trellis has few states.
     """
     if in_features is None:
+        return st.one_of(entry_formats(), st.sampled_from([TrellisFormat(2, 4), TrellisFormat(3, 6)]))
+    return st.one_of(entry_formats(in_features), entry_formats(in_features), _trellises(in_features))
+
+
+def entry_formats(in_features: int | None = None) -> st.SearchStrategy[NumberFormat]:
+    """The formats of `formats` whose entries are rounded one by one: all but trellises."""
+    if in_features is None:
         return st.one_of(int_formats(), st.sampled_from([TableFormat(t) for t in TABLES]))
-    return _formats(in_features)
+    return _entry_formats(in_features)
+
+
+@st.composite
+def _trellises(draw: st.DrawFn, in_features: int) -> NumberFormat:
+    bits, digits, length = (draw(st.sampled_from(each)) for each in ((2, 3, 4), (2, 1, 3), (256, 1, 9)))
+    return TrellisFormat(bits, bits * digits, length=length, group_size=draw(_group_sizes(in_features)))
 
 
 def _group_sizes(in_features: int | None) -> st.SearchStrategy[int | None]:
@@ -142,16 +155,13 @@ def _group_sizes(in_features: int | None) -> st.SearchStrategy[int | None]:
 
 
 @st.composite
-def _formats(draw: st.DrawFn, in_features: int) -> NumberFormat:
-    kind = draw(st.sampled_from(("int", "table", "blocks", "trellis")))
+def _entry_formats(draw: st.DrawFn, in_features: int) -> NumberFormat:
+    kind = draw(st.sampled_from(("int", "table", "blocks")))
     scale = draw(st.sampled_from(("half", "uint8", "bfloat16", "float32")))
     pad = draw(st.booleans())
     group = draw(st.sampled_from((2, 3, 5, 16)) if pad else _group_sizes(in_features))
     if kind == "int":
         return replace(draw(int_formats()), group_size=group, scale=scale, pad=pad)
-    if kind == "trellis":
-        bits, digits, length = (draw(st.sampled_from(each)) for each in ((2, 3, 4), (2, 1, 3), (256, 1, 9)))
-        return TrellisFormat(bits, bits * digits, length=length, group_size=group, scale=scale, pad=pad)
     table = draw(st.sampled_from(tuple(TABLES)))
     if kind == "blocks":
         return TableFormat(table, draw(st.sampled_from((None, 2, 4, 5))), draw(st.sampled_from((None, 2, 3))), scale)
