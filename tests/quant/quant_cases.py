@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from tnc.formats import IntFormat, TrellisFormat
+from tnc.formats import IntFormat
 from tnc.stats import LayerStats
-from tnc.testing import formats
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -42,11 +41,6 @@ def case(seed, rows, groups, group, bits, *, symmetric=False, per_row=False, sca
     hessian = hessian_of(n, tokens or 4 * n, generator, correlation)
     number = IntFormat(bits, None if per_row else group, symmetric)
     return Case(weight.to(dtype), LayerStats.from_hessian(hessian, tokens=tokens or 4 * n), number)
-
-
-def entrywise_formats(in_features):
-    """Formats whose entries can be rounded one by one: all but the trellis."""
-    return formats(in_features).filter(lambda format: not isinstance(format, TrellisFormat))
 
 
 @st.composite

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quant_cases import case, entrywise_formats, hessian_of
+from quant_cases import case, hessian_of
 
 from tnc.errors import FormatError, StatsError
 from tnc.formats import IntFormat, TableFormat, number_format
@@ -16,7 +16,7 @@ from tnc.quant.refine import _Sides, _swept
 from tnc.quant.rescale import refit_scales
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
-from tnc.testing import check_quantizer
+from tnc.testing import check_quantizer, entry_formats
 
 FEW = settings(deadline=None, max_examples=20)
 FORMATS = (
@@ -194,9 +194,7 @@ def test_a_metric_of_ones_own():
 
 
 def test_obeys_the_laws_of_quantizers():
-    check_quantizer(
-        lambda w, s, f: refine(w, gptq(w, s, f), s, sweeps=2), max_examples=12, formats_of=entrywise_formats
-    )
+    check_quantizer(lambda w, s, f: refine(w, gptq(w, s, f), s, sweeps=2), max_examples=12, formats_of=entry_formats)
 
 
 def test_errors():

@@ -2,13 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quant_cases import case, entrywise_formats, hessian_of
+from quant_cases import case, hessian_of
 
 from tnc.errors import FormatError, StatsError
 from tnc.formats import IntFormat, TableFormat, number_format
 from tnc.quant import fit_grid, gptq, rtn, yaqa
 from tnc.stats import LayerStats
-from tnc.testing import check_quantizer
+from tnc.testing import check_quantizer, entry_formats
 
 FEW = settings(deadline=None, max_examples=20)
 
@@ -116,7 +116,7 @@ def test_every_format_goes_through(format):
 
 
 def test_obeys_the_laws_of_quantizers():
-    check_quantizer(lambda w, s, f: yaqa(w, s, f, tile=4).term, max_examples=15, formats_of=entrywise_formats)
+    check_quantizer(lambda w, s, f: yaqa(w, s, f, tile=4).term, max_examples=15, formats_of=entry_formats)
 
 
 def test_dead_rows_and_columns_are_rounded_to_nearest():
