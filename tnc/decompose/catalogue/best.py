@@ -29,7 +29,7 @@ def _fitting(limit: float, bits: int) -> list[int | None]:
 
 
 def _candidates(limit: BitsPerWeight) -> Iterator[Recipe]:
-    """The widest base that fits, and the next narrower one with 4-bit factors in what is left, rotated and not."""
+    """The widest base that fits, and it and the next narrower one with 4-bit factors in what is left, rotated and not."""
     widths = [bits for bits in SUPPORTED_BITS if _fitting(limit.value, bits)]
     if not widths:
         raise RecipeError(f"best_at_bits({limit}) is below every base; ask for more than {min(SUPPORTED_BITS)} bits.")
@@ -40,6 +40,8 @@ def _candidates(limit: BitsPerWeight) -> Iterator[Recipe]:
         for bits in widths[-2:]:
             for group in groups[bits][1:2]:  # the finest group leaves no room for factors
                 yield _compensated(f"{prefix}int{bits} {_named(group)} + L×R", bits, group, limit, transforms)
+    for bits in widths[-2:]:  # for widths that no group size divides
+        yield _quantized(f"int{bits} {_named(None)}", bits, None, ())
 
 
 def _named(group: int | None) -> str:
