@@ -29,7 +29,7 @@ def _fitting(limit: float, bits: int) -> list[int | None]:
 
 
 def _candidates(limit: BitsPerWeight) -> Iterator[Recipe]:
-    """The widest base that fits, and it and the next narrower one with 4-bit factors in what is left, rotated and not."""
+    """The widest base that fits, and both it and the next with 4-bit factors in what is left, rotated and not."""
     widths = [bits for bits in SUPPORTED_BITS if _fitting(limit.value, bits)]
     if not widths:
         raise RecipeError(f"best_at_bits({limit}) is below every base; ask for more than {min(SUPPORTED_BITS)} bits.")
