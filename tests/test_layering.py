@@ -23,7 +23,7 @@ ORDER = [
     ("planning",),
     ("kernels",),
     ("modules", "experts"),
-    ("forms", "drawing", "embedding"),
+    ("forms", "drawing", "embedding", "ties"),
     ("checkpoint", "testing", "foreign"),
     ("models",),
     ("cluster",),

@@ -54,6 +54,7 @@ class FactoredLinear(nn.Module):
         self._bits = operator.storage_bits
         self._repacked = False  # whether the tensors are in the kernel's layout
         self._packed: tuple[str, ...] = ()  # names of those that stand in the place of the operator's
+        self._ties: dict[str, Tie] = {}
         self._stored = {name: name.replace(".", "_") for name in operator.tensors()}
         assert len(set(self._stored.values())) == len(self._stored), "stored names must differ"
         for name, tensor, trainable in _named_tensors(operator):
@@ -161,6 +162,17 @@ class FactoredLinear(nn.Module):
             f"bias={self.bias is not None}, operator={_outline(self.operator)}, kernel={kernel}"
         )
 
+    def hold(self, name: str, tensor: Tensor, tie: Tie | None = None) -> None:
+        """Hold an equal tensor that other layers hold too, in the place of the one stored under ``name``.
+
+        A parameter stays one through every move by itself; a buffer does with the ``tie`` that its holders share.
+        """
+        self._unpack()
+        setattr(self, self._stored[name], tensor)
+        if tie is not None:
+            self._ties[self._stored[name]] = tie
+        self._bind()
+
     def _store(self, name: str, tensor: Tensor, trainable: bool) -> None:
         if trainable:
             self.register_parameter(name, nn.Parameter(_copy(tensor)))
@@ -190,6 +202,8 @@ class FactoredLinear(nn.Module):
         self._bound_device = self._device()
         operator = from_spec(self._spec, self._tensors())
         self._kernel, self._candidates = choose(operator, self._bound_device, self._dtype, backend=self._backend)
+        if isinstance(self._kernel, Repacking) and self._ties:  # a layout of one layer would part what several share
+            self._kernel, self._candidates = choose(operator, self._bound_device, self._dtype, backend="einsum")
         if isinstance(self._kernel, Repacking):
             self._pack(self._kernel)
 
@@ -229,6 +243,8 @@ class FactoredLinear(nn.Module):
 
         self._unpack()
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        for stored, tie in self._ties.items():
+            self._buffers[stored] = tie.follow(getattr(self, stored))
         self._expect(fn(torch.empty(0, dtype=self._dtype)).dtype)
         return self
 
@@ -260,6 +276,19 @@ def _relayout(held: Tensor, wanted: Tensor) -> None:
 
 def _packed(name: str) -> str:
     return f"packed_{name}"
+
+
+class Tie:
+    """One buffer of several layers: the first one moved takes the others along."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def follow(self, moved: Tensor) -> Tensor:
+        """The common buffer on the device of ``moved``."""
+        if self._tensor.device != moved.device or moved.is_meta:
+            self._tensor = moved
+        return self._tensor
 
 
 def _named_tensors(expression: Expression, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:

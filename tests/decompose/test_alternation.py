@@ -28,7 +28,7 @@ from tnc.stats import LayerStats, Moments
 from tnc.terms import Dense, LowRank, Sum, dense64
 
 FORMAT = IntFormat(2, group_size=8)
-ALTERNATING = ("loftq", "caldera", "odlri", "svdquant", "srr", "qlr_alternating", "qlr_gated")
+ALTERNATING = ("loftq", "caldera", "odlri", "svdquant", "srr", "qlr_alternating", "qlr_gated", "qlr_shared")
 
 
 def error(problem, operator):

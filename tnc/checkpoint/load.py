@@ -17,6 +17,7 @@ from tnc.errors import CheckpointError, TNCError
 from tnc.experts import fused_experts, unfuse_experts
 from tnc.modules import FactoredLinear
 from tnc.terms import Expression, from_spec, map_tensors
+from tnc.ties import keep_ties
 
 
 def load_checkpoint(
@@ -126,6 +127,7 @@ def _assign(folder: Path, model: nn.Module, tensors: dict[str, Tensor], tied: Ma
         ) from error
     for key, source in tied.items():
         _set(model, key, _get(model, source))
+    keep_ties([module for module in model.modules() if isinstance(module, FactoredLinear)])
     empty = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
         raise CheckpointError(

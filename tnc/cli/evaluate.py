@@ -14,6 +14,7 @@ from tnc.models.evaluate import bits_per_weight, evaluate, model_bytes
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.text import TokenWindows, token_windows
 from tnc.modules import FactoredLinear
+from tnc.ties import distinct_bits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,7 +49,7 @@ def stored_sizes(model: nn.Module) -> dict[str, float | int]:
     factored = [m for m in model.modules() if isinstance(m, FactoredLinear)]
     bits = bits_per_weight(model)
     if factored and bits is not None:
-        linear = sum(m.storage_bits for m in factored) // 8
+        linear = distinct_bits(factored) // 8
     else:
         weights = [weight_of(layer) for layer in select_layers(model).values()]
         linear = sum(w.numel() * w.element_size() for w in weights)

@@ -29,6 +29,8 @@ class Recipe:
         pooled: budget in bits per weight over the whole model, spent by `tnc.planning.pooled_ranks`; the last
             stage's rank is then replaced for each layer. ``None`` uses the stages as they are everywhere.
         transforms: changes of basis around the stages, the first outermost.
+        shared_inputs: layers that see the same inputs (q/k/v, gate/up) get one right factor in their low-rank terms
+            (`tnc.decompose.shared`); ``rank`` is then that of the group.
         candidates: recipes that each layer tries in the place of stages of its own (`tnc.decompose.best`).
         limit: stored bits that a candidate may take.
     """
@@ -39,6 +41,7 @@ class Recipe:
     options: Mapping[str, Any] | None = None
     pooled: BitsPerWeight | None = None
     transforms: tuple[Transform, ...] = ()
+    shared_inputs: bool = False
     candidates: tuple[Recipe, ...] = ()
     limit: BitsPerWeight | None = None
 

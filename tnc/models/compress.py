@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from importlib.metadata import version
@@ -19,14 +19,17 @@ from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, M
 from tnc.decompose.best import decompose_by
 from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.forms import FormStage
+from tnc.decompose.shared import decompose_shared
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
 from tnc.models.layers import select_layers, weight_of
+from tnc.models.sharing import sharing_groups
 from tnc.modules import FactoredLinear
 from tnc.planning import PooledLayer, pooled_ranks
 from tnc.stats import LayerStats
 from tnc.terms import Expression, map_tensors
+from tnc.ties import share_tensors
 
 Progress = Callable[[str, int, int], None]
 
@@ -122,14 +125,20 @@ def compress(
     for group in groups:
         weights = {name: weight_of(layers[name]).detach() for name in group}
         recipes = chooser.recipes_of(weights, group, dtype)
-        for name, layer_stats in group.items():
-            asked = recipes[name] if bases is None else _on_base(recipes[name], bases[name])
-            found = _finished(weights[name], asked, layer_stats, dtype, journal)
-            chooser.check_layer(name, found.report)
-            _swap(target, name, layers[name], found, backend)
-            done += 1
-            if progress is not None:
-                progress("compress", done, len(layers))
+        for names in sharing_groups(recipes, group) if bases is None else [[name] for name in group]:
+            if len(names) > 1:
+                shared = recipes[names[0]]
+                found = _decomposed_together([weights[n] for n in names], shared, [group[n] for n in names])
+            else:
+                asked = recipes[names[0]] if bases is None else _on_base(recipes[names[0]], bases[names[0]])
+                found = [_finished(weights[names[0]], asked, group[names[0]], dtype, journal)]
+            for name, each in zip(names, found, strict=True):
+                chooser.check_layer(name, each.report)
+                _swap(target, name, layers[name], each, backend)
+                done += 1
+                if progress is not None:
+                    progress("compress", done, len(layers))
+            share_tensors([target.get_submodule(n) for n in names], [each.operator for each in found])  # type: ignore[misc]
     target.tnc_recipe = recipe.describe()  # type: ignore[assignment]
     return target
 
@@ -221,6 +230,13 @@ def _decomposed(weight: Tensor, recipe: Recipe, stats: LayerStats | None, dtype:
     if found.operator.storage_bits > _dense_bits(weight, dtype):
         found = _kept_dense(weight, found, stats, dtype)
     return Record(found.operator, found.report.to_json())
+
+
+def _decomposed_together(weights: Sequence[Tensor], recipe: Recipe, stats: Sequence[LayerStats | None]) -> list[Record]:
+    """Layers with the same inputs, with one right factor; they are not in the journal."""
+    known = [each for each in stats if each is not None]
+    found = decompose_shared(weights, recipe.stages, known, sweeps=recipe.sweeps)
+    return [Record(each.operator, each.report.to_json()) for each in found]
 
 
 def _moments(stats: LayerStats | None) -> Iterator[Tensor | str | None]:

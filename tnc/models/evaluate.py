@@ -22,6 +22,7 @@ from tnc.errors import ModelError, NonFiniteError, TextError
 from tnc.models.scores import Tally, token_scores
 from tnc.models.text import TokenWindows
 from tnc.modules import FactoredLinear
+from tnc.ties import distinct_bits
 
 Progress = Callable[[str, int, int], None]
 
@@ -121,7 +122,7 @@ def bits_per_weight(model: nn.Module) -> float | None:
     """Stored bits of all `FactoredLinear` layers over their dense element count; ``None`` without any."""
     layers = [module for module in model.modules() if isinstance(module, FactoredLinear)]
     elements = sum(layer.out_features * layer.in_features for layer in layers)
-    return sum(layer.storage_bits for layer in layers) / elements if elements else None
+    return distinct_bits(layers) / elements if elements else None
 
 
 def _batches(texts: list[Tensor], batch_size: int) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tnc.errors import ModelError
 from tnc.modules import FactoredLinear
+from tnc.ties import distinct_bits
 
 _MEANS = ("relative_error", "heldout_relative_error", "lower_bound")
 _SUMS = ("predicted_nats", "seconds")
@@ -49,7 +50,7 @@ class ModelReport:
         if not found:
             raise ModelError("the model holds no compressed layer with a report; pass the result of tnc.compress.")
         layers: dict[str, dict[str, Any]] = {name: dict(module.report or {}) for name, module in found.items()}
-        bits = sum(m.storage_bits for m in found.values())
+        bits = distinct_bits(found.values())
         elements = sum(m.in_features * m.out_features for m in found.values())
         totals = {key: _total(layers, key, mean=True) for key in _MEANS}
         totals |= {key: _total(layers, key, mean=False) for key in _SUMS}

@@ -57,6 +57,10 @@ def _gated(base: Any, low_rank: Any, rank: Size, sweeps: int) -> Recipe:  # noqa
     return Recipe("", (base(), low_rank(metric=Gate())), sweeps)
 
 
+def _shared(base: Any, low_rank: Any, rank: Size, sweeps: int) -> Recipe:  # noqa: ANN401
+    return Recipe("", (base(), low_rank()), sweeps, shared_inputs=True)
+
+
 def _whole(rank: Size, name: str) -> int:
     value = rank.value if isinstance(rank, Rank) else rank
     if not isinstance(value, int) or value < 1:
@@ -78,6 +82,8 @@ for _name, _summary, _source, _make in (
     ("srr", "half the rank preserved before GPTQ, all of it refitted after, in G ⊗ H (the paper has a criterion)",
      "arXiv:2602.02001", _srr),
     ("qlr_alternating", "GPTQ and low rank in turn, in G ⊗ H: predicted nats", "MATH.md section 3", _alternating),
+    ("qlr_shared", "qlr_alternating with one right factor for layers of the same inputs (q/k/v, gate/up)",
+     "MATH.md section 3", _shared),
     ("qlr_gated", "qlr_alternating; full, shrunk or diagonal H of each low-rank term by held-out error",
      "MATH.md section 1; QERA, arXiv:2410.06040", _gated),
 ):  # fmt: skip
