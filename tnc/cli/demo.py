@@ -44,9 +44,10 @@ def trials() -> list[Recipe]:
     """The recipes that the demonstration compares, by family."""
     half = BitsPerWeight(8.0)
     low_rank = [recipe(name, rank=half) for name in ("svd", "svd_llm", "svd_pooled")]
-    quantized = [recipe(name, bits=bits, group_size=64) for bits in (4, 3, 2) for name in ("rtn", "gptq")]
+    networks = [recipe("mpo", rank=half)]
+    quantized = [recipe(n, bits=bits, group_size=64) for bits in (4, 3, 2) for n in ("rtn", "gptq", "yaqa_refined")]
     both = [recipe("eora", bits=bits, group_size=64, rank=8) for bits in (4, 3, 2)]
-    return [*low_rank, *quantized, *both]
+    return [*low_rank, *networks, *quantized, *both]
 
 
 def run_demo(out: Path, *, seed: int, as_json: bool) -> None:
