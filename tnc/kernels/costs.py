@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of elementary work. Measured by ``python -m benchmarks.costs``, which prints a row to put here.
+    """Seconds of elementary work, estimated from timings of the ways an operator can run on two shared cores.
 
     Attributes:
         call: one operation launched.
