@@ -35,7 +35,7 @@ def mpo2(x, first, second, slab, counters, y, M, O1, O2, I1, I2, D, O1P: tl.cons
     x0 = tl.load(at, mask=inside, other=0.0)
     x1 = x0
     if BM == 2:
-        x1 = tl.load(at + I1 * I2, mask=inside & (token + 1 < M), other=0.0)
+        x1 = tl.load(at + I1 * I2, mask=inside & (token + 1 + 0 * i2 < M)[:, None], other=0.0)
     acc0 = tl.zeros((OB, O1P), tl.float32)
     acc1 = tl.zeros((OB, O1P), tl.float32)
     for d in tl.range(slice * SD, tl.minimum((slice + 1) * SD, D)):
@@ -52,7 +52,8 @@ def mpo2(x, first, second, slab, counters, y, M, O1, O2, I1, I2, D, O1P: tl.cons
             acc1 = dot(inner.to(a.dtype), a, acc1, F32)
     place = token * N + o1[None, :].to(tl.int64) * O2 + o2[:, None]
     real = (o2 < O2)[:, None] & (o1 < O1)[None, :]
-    second_real = real & (token + 1 < M)
+    # of a vector: newer interpreters make a comparison of two scalars an int32, which is no mask
+    second_real = real & (token + 1 + 0 * o2 < M)[:, None]
     if DS == 1:
         tl.store(y + place, acc0.to(y.dtype.element_ty), mask=real)
         if BM == 2:
@@ -67,5 +68,5 @@ def mpo2(x, first, second, slab, counters, y, M, O1, O2, I1, I2, D, O1P: tl.cons
                 acc = tl.zeros((OB, O1P), tl.float32)
                 for each in tl.static_range(DS):
                     acc += tl.load(slab + part + (each * BM + m) * (OB * O1P), volatile=True)
-                tl.store(y + m * N + place, acc.to(y.dtype.element_ty), mask=real & (token + m < M))
+                tl.store(y + m * N + place, acc.to(y.dtype.element_ty), mask=real & (token + m + 0 * o2 < M)[:, None])
             tl.atomic_xchg(counters + block, 0, sem="relaxed")
