@@ -28,7 +28,8 @@ ORDER = [
     ("models",),
     ("cluster",),
     ("export",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 ]  # fmt: skip
 RUNG = {name: rung for rung, names in enumerate(ORDER) for name in names}
 

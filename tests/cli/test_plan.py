@@ -115,3 +115,17 @@ def test_recipe_or_plan(folder):
     assert "leave out --recipe, --bits" in " ".join(both.output.split())
     neither = call("compress", "demo", "--out", "x", code=2)
     assert "needs --recipe NAME" in " ".join(neither.output.split())
+
+
+def test_rotated_and_refined_bases_cost_fewer_nats(folder):
+    plain = json.loads((folder / "result.json").read_text())
+    result = again(folder, "--curves", folder / "rotated.safetensors", "--budget", "bpw=3.5", "--method", "yaqa",
+                   "--refine", 1, "--rotated", "--out", folder / "rotated.json", "--json")  # fmt: skip
+    found = json.loads(result.stdout)
+    assert found["bits_per_weight"] <= 3.5
+    assert found["predicted_nats"] < plain["predicted_nats"]
+    base = json.loads((folder / "rotated.json").read_text())["portfolio"]["bases"]["int3-g64"]
+    assert (base["method"], base["refine"], len(base["transforms"])) == ("yaqa", 1, 2)
+    small = folder / "rotated"
+    call("compress", "demo", "--plan", folder / "rotated.json", "--stats", folder / "stats.safetensors", "--out", small)
+    assert (small / "tnc.json").is_file()

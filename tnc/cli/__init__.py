@@ -1,4 +1,4 @@
-"""The command line: ``tnc demo | compress | eval | inspect | forms | draw | recipes``."""
+"""The command line: ``tnc demo | plan | compress | eval | inspect | forms | draw | sensitivity | bench | recipes``."""
 
 from tnc.cli.app import app
 

@@ -123,7 +123,9 @@ def plan(
     text: Annotated[str | None, typer.Option(help="Held-out text: nats= and ppl= are then met as measured.")] = None,
     limit: Annotated[int, typer.Option(help="Score only the first LIMIT windows of --text.")] = 64,
     group_size: Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")] = 64,
-    method: Annotated[str, typer.Option(help="Quantizer of the integer bases.")] = "gptq",
+    method: Annotated[str, typer.Option(help="Quantizer of the integer bases, such as gptq or yaqa.")] = "gptq",
+    refine: Annotated[int, typer.Option(help="Sweeps of refinement of the integer bases.")] = 0,
+    rotated: Annotated[bool, typer.Option("--rotated", help="Rotate the inputs and outputs of integer bases.")] = False,
     fused: Annotated[bool, typer.Option("--fused", help="q/k/v and gate/up take one base.")] = False,
     keep_dense: Annotated[list[str] | None, typer.Option(help="Layer name pattern left dense; repeatable.")] = None,
     served_ranks: Annotated[bool, typer.Option("--served-ranks", help="Only ranks that serving stacks have.")] = False,
@@ -146,8 +148,9 @@ def plan(
     run_plan(
         PlanOptions(
             model=model, budgets=budget or [], out=out, pareto=pareto, report=report, calib=calib, stats=stats,
-            curves=curves, text=text, limit=limit, group_size=group_size, method=method, fused=fused,
-            keep_dense=keep_dense or [], served_ranks=served_ranks, table=table, tokens=tokens, exact=exact,
+            curves=curves, text=text, limit=limit, group_size=group_size, method=method, refine=refine,
+            rotated=rotated, fused=fused, keep_dense=keep_dense or [], served_ranks=served_ranks, table=table,
+            tokens=tokens, exact=exact,
             sequences=sequences, context=context, fisher=fisher, include=include, exclude=exclude, seed=seed,
             device=device,
         ),

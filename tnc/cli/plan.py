@@ -15,7 +15,7 @@ from tnc.cli import console
 from tnc.cli.calibration import calibration_data
 from tnc.cli.plan_page import write_page
 from tnc.cli.sources import context_of, open_model, open_text, resolve_device
-from tnc.decompose import BitsPerWeight
+from tnc.decompose import BitsPerWeight, InputRotation, OutputRotation
 from tnc.errors import BudgetError, StatsError, TextError
 from tnc.models.planning import error_curves, plan
 from tnc.models.text import token_windows
@@ -53,6 +53,8 @@ class PlanOptions:
     limit: int
     group_size: int
     method: str
+    refine: int
+    rotated: bool
     fused: bool
     keep_dense: list[str]
     served_ranks: bool
@@ -78,7 +80,7 @@ def run_plan(options: PlanOptions, *, as_json: bool) -> None:
     with console.progress_bars() as progress:
         stats = _stats(options, model, tokenizer, progress)
         table = error_curves(
-            model, stats, Portfolio.default(group_sizes=(options.group_size, None), method=options.method),
+            model, stats, _portfolio(options),
             include=options.include, exclude=options.exclude, cache=_cache(options), progress=progress,
         )  # fmt: skip
         start = time.perf_counter()
@@ -100,6 +102,13 @@ def run_plan(options: PlanOptions, *, as_json: bool) -> None:
         console.print_json(result)
     else:
         _print(options, found, front, seconds)
+
+
+def _portfolio(options: PlanOptions) -> Portfolio:
+    transforms = (InputRotation(), OutputRotation()) if options.rotated else ()
+    return Portfolio.default(
+        group_sizes=(options.group_size, None), method=options.method, refine=options.refine, transforms=transforms
+    )
 
 
 def front_rows(table: CurveTable, rules: Rules) -> list[dict[str, float]]:

@@ -95,7 +95,7 @@ class Portfolio:
     @classmethod
     def default(
         cls, *, group_sizes: tuple[int | None, ...] = (64, None), factor_bits: tuple[int, ...] = (16, 4),
-        method: str = "gptq",
+        method: str = "gptq", refine: int = 0, transforms: tuple[Transform, ...] = (),
     ) -> Portfolio:  # fmt: skip
         """Dense, int8, int4, int3 and int2 bases, low rank on them and alone, factors of 16 and 4 bits.
 
@@ -104,13 +104,16 @@ class Portfolio:
                 every layer. A group size that does not divide a layer's width is left out for that layer.
             factor_bits: 16 is the dtype of the model, others are integer formats with one group a row.
             method: of the integer bases, a name of `tnc.quant.QUANTIZERS`.
+            refine: sweeps of refinement of the integer bases.
+            transforms: around the integer bases below 8 bits and their low-rank terms.
         """
         bases = {DENSE: Base(DenseStage(), compensated=False), NONE: Base(None)}
         for bits in (8, 4, 3, 2):
+            around, sweeps = (transforms, refine) if bits < 8 else ((), 0)
             for group in group_sizes:
                 name = f"int{bits}-row" if group is None else f"int{bits}-g{group}"
-                stage = QuantizeStage(IntFormat(bits, group_size=group), method=method)
-                bases[name] = Base(stage, compensated=bits < 8)
+                stage = QuantizeStage(IntFormat(bits, group_size=group), method=method, refine=sweeps)
+                bases[name] = Base(stage, compensated=bits < 8, transforms=around)
         factors = {str(b): None if b == int(PLAIN) else IntFormat(b) for b in factor_bits}
         return cls(bases, factors)
 

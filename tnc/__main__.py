@@ -1,0 +1,5 @@
+"""``python -m tnc``: the command line."""
+
+from tnc.cli import app
+
+app()
