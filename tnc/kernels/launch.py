@@ -75,3 +75,13 @@ class Counters:
 def counters(device: torch.device) -> Counters:
     """The counters of a device; made on first use, which must not be inside a graph capture."""
     return Counters(device)
+
+
+def unsuited(device: torch.device) -> str | None:
+    """Why the launches of this package cannot run on a device, or ``None``; then its counters exist."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the tensors are on {device.type}"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "it needs a GPU of compute capability 8.0 or later"
+    counters(device)  # made here, outside of any graph capture
+    return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of, unsuited
 from tnc.kernels.low_rank_kernels import low_rank_tile, low_rank_vector
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.kernels.tuned import tuned
@@ -118,12 +118,7 @@ def refusal(operator: Expression) -> str | None:
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"it needs a CUDA device, the tensors are on {device.type}"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "it needs a GPU of compute capability 8.0 or later"
-    counters(device)  # made here, outside of any graph capture
-    return refusal(operator)
+    return unsuited(device) or refusal(operator)
 
 
 def bind(operator: Expression) -> OneLaunch:

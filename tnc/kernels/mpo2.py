@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.kernels.launch import INTERPRETED, counters, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, overlaps, tile_of, unsuited
 from tnc.kernels.mpo_kernels import mpo2 as mpo2_kernel
 from tnc.kernels.rebuild_kernels import rebuild_mpo2
 from tnc.kernels.table import Kernel, Tensors, register_kernel
@@ -150,12 +150,7 @@ def refusal(operator: Expression) -> str | None:
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"it needs a CUDA device, the tensors are on {device.type}"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "it needs a GPU of compute capability 8.0 or later"
-    counters(device)  # made here, outside of any graph capture
-    return refusal(operator)
+    return unsuited(device) or refusal(operator)
 
 
 def bind(operator: Expression) -> TwoCores:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tnc.formats import IntFormat
-from tnc.kernels.launch import counters
+from tnc.kernels.launch import unsuited
 from tnc.kernels.qlr_ops import TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.kernels.words import LOW_BITS, code_words, codes_of, group_words, groups_of, unit_of
@@ -124,12 +124,7 @@ def refusal(operator: Expression) -> str | None:
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"it needs a CUDA device, the tensors are on {device.type}"
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return "it needs a GPU of compute capability 8.0 or later"
-    counters(device)  # made here, outside of any graph capture
-    return refusal(operator)
+    return unsuited(device) or refusal(operator)
 
 
 def bind(operator: Expression) -> QLR:

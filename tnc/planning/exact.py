@@ -55,7 +55,7 @@ def allocate_exactly(
     """
     structure = _one_each(menu) if group is None or scheme is None else _agreeing(menu, group, scheme)
     scale = max(float(np.abs(menu.cost).max()), float(np.finfo(np.float64).tiny))
-    slack = np.zeros(len(limits))
+    slack: Floats = np.zeros(len(limits))
     for _ in range(_ATTEMPTS):
         found = _solve(menu.cost / scale, limits, slack, structure, seconds)
         if found.x is None:
