@@ -194,3 +194,11 @@ def test_krylov_of_a_zero_matrix(monkeypatch):
     found = truncate.split(torch.zeros(120, 130), 10)
     assert found.basis.shape == (120, 10)
     assert not found.rest.any()
+
+
+def test_eps_truncates_where_the_sweep_needs_a_krylov_space() -> None:
+    """Unfoldings above the size of a whole eigenproblem take another solver, and must keep as few directions."""
+    generator = torch.Generator().manual_seed(0)
+    unfolding = torch.randn(1296, 5, generator=generator) @ torch.randn(5, 1296, generator=generator)
+    weight = unfolding.reshape(36, 36, 36, 36).permute(0, 2, 1, 3).reshape(1296, 1296)
+    assert tt_svd(weight, (36, 36), (36, 36), eps=0.01).ranks[1] <= 5

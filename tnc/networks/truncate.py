@@ -61,7 +61,7 @@ def split(matrix: Tensor, rank: int, tail: float | None = None, *, seed: int = 0
         return _exact(matrix)
     if small > _GRAM_LIMIT and (tail is not None or 4 * rank <= small):
         if matrix.ndim > 2:
-            return _stack([split(each, rank, seed=seed) for each in matrix])
+            return _stack([split(each, rank, tail, seed=seed) for each in matrix])
         return _split_large(matrix, rank, tail, seed)
     energy = _energy(matrix)
     if tail is not None and tail < _GRAM_FLOOR * float(energy):
