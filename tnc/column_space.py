@@ -9,6 +9,7 @@ side; `Subspace` uses matrix products only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from scipy.linalg import eigh as partial_eigh
@@ -21,6 +22,9 @@ _EXACT_LIMIT = 1024
 
 # Growth of the captured energy in one step of subspace iteration below which the next one is not worth its time.
 _CONVERGED = 1e-2
+
+# Columns of one panel of a symmetric product: wide enough for the full speed of a matrix product.
+_PANEL = 512
 
 
 @dataclass(frozen=True)
@@ -101,17 +105,29 @@ def _small_gram(matrix: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
     rows, columns = matrix.shape
     if rows <= columns:
         side = root(metric.gradient)
-        return _congruence(side, metric.times_hessian(matrix) @ matrix.T), side
+        return _congruence(side, _symmetric_product(metric.times_hessian(matrix), matrix)), side
     side = root(metric.hessian)
-    return _congruence(side, matrix.T @ metric.times_gradient(matrix)), side
+    return _congruence(side, _symmetric_product(matrix.T, metric.times_gradient(matrix).T)), side
+
+
+def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T``, known to be symmetric: the lower triangle by panels of columns, then mirrored."""
+    product = left.new_empty(len(left), len(left))
+    for start in range(0, len(left), _PANEL):
+        end = start + _PANEL
+        panel = left[start:] @ right[start:end].T
+        product[start:, start:end], product[start:end, start:] = panel, panel.T
+    return product
 
 
 def _congruence(side: Tensor | None, gram: Tensor) -> Tensor:
-    """``Sᵀ gram S``, symmetrised."""
-    if side is not None:
-        side = side.to(gram.device)
-        gram = side.unsqueeze(1) * gram * side if side.ndim == 1 else side.T @ gram @ side
-    return (gram + gram.T) / 2
+    """``Sᵀ gram S``."""
+    if side is None:
+        return gram
+    side = side.to(gram.device)
+    if side.ndim == 1:
+        return side.unsqueeze(1) * gram * side
+    return _symmetric_product(side.T @ gram, side.T)
 
 
 def _exact(matrix: Tensor, rank: int, metric: Metric) -> ColumnSpace:
@@ -143,7 +159,7 @@ def _top_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     size = gram.shape[0]
     rank = min(rank, size)
     if gram.device.type == "cpu" and 4 * rank < size:  # only the wanted vectors are formed
-        found = partial_eigh(gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr")
+        found = partial_eigh(gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr", check_finite=False)
         values, vectors = torch.from_numpy(found[0]), torch.from_numpy(found[1])
     else:
         values, vectors = torch.linalg.eigh(gram)
@@ -175,16 +191,16 @@ def _iterate(matrix: Tensor, rank: int, metric: Metric, solver: Subspace) -> Col
     generator = torch.Generator().manual_seed(solver.seed)
     sketch = torch.randn(width, matrix.shape[1], generator=generator).to(matrix)
     basis = _orthonormal(matrix @ metric.times_hessian(sketch).T, metric)
-    before, energy = 0.0, 0.0
-    for step in range(max(solver.steps, solver.most)):
-        right = metric.times_gradient(basis).T @ matrix
+    before = 0.0
+    for step in count():
+        right = metric.times_gradient(basis).T @ matrix  # (width, n)
         weighted = metric.times_hessian(right)
-        before, energy = energy, float((weighted * right).sum())
-        if step >= solver.steps and energy <= (1 + _CONVERGED) * before:
+        energy = float((weighted * right).sum())
+        if step >= solver.steps and (energy <= (1 + _CONVERGED) * before or step >= solver.most):
             break
+        before = energy
         basis = _orthonormal(matrix @ weighted.T, metric)
-    right = metric.times_gradient(basis).T @ matrix  # (width, n)
-    gram = (metric.times_hessian(right) @ right.T).double()
+    gram = (weighted @ right.T).double()
     values, vectors = _top_eigenpairs((gram + gram.T) / 2, rank)
     rotation = vectors.to(matrix.dtype)
     return ColumnSpace(basis @ rotation, rotation.T @ right, values)

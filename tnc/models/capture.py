@@ -7,10 +7,9 @@ from contextlib import ExitStack, contextmanager
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from tnc.errors import ModelError, NonFiniteError
+from tnc.errors import ModelError, NonFiniteError, all_finite
 from tnc.models.layers import weight_of
 from tnc.stats import Moments, MomentsAccumulator
 
@@ -144,7 +143,7 @@ class GradientCapture:
 
 
 def _check_activations(tensor: Tensor, name: str, what: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise NonFiniteError(
             f"the {what} of layer {name!r} holds NaN or Inf during calibration; expected finite numbers. "
             f"Look for NaN in earlier weights; if there is none, load the model in float32 or bfloat16 (it "
