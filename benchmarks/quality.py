@@ -3,7 +3,8 @@
     python -m benchmarks.quality MODEL --calib TEXT --text TEXT --out results/quality.json
 
 Statistics are computed once, every variant is compressed from them, and all variants are scored together
-with the dense model on the same windows. The last lines compare predicted with measured nats.
+with the dense model on the same windows. `benchmarks.quality_table` prints the results as Markdown, with what
+the prediction is worth.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from benchmarks.quality_table import prediction
 from benchmarks.run import machine
 from tnc import BitsPerWeight, LayerStats, ModelReport, Recipe, calibrate, compress, load_stats, recipe
 from tnc.models.evaluate import evaluate_many
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             rows.append({"name": each.name, **fields, **scores[name].to_json(), "options": str(each.options)})
             _print(rows[-1])
         _write(arguments.out, {**result, "rows": rows})  # a run that is cut short keeps what it has
-    return {**result, "rows": rows, "prediction": _prediction(rows)}
+    return {**result, "rows": rows, "prediction": prediction(rows)}
 
 
 def _spread(windows: list[Tensor], count: int | None) -> list[Tensor]:
@@ -95,22 +96,6 @@ def _print(row: dict[str, Any]) -> None:
         "  Δloss {delta_nats:+.4f}±{delta_nats_error:.4f}  ppl {perplexity:.2f}  {seconds:.1f} s"
     )
     print(line.format(**row), flush=True)
-
-
-def _prediction(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlation of predicted nats with measured KL and loss; ratio KL / predicted by size of the prediction."""
-    nats, kl, loss = ([row[key] for row in rows] for key in ("predicted_nats", "kl", "delta_nats"))
-    found: dict[str, Any] = {
-        "variants": len(rows), "spearman_kl": float(spearmanr(nats, kl).statistic),
-        "spearman_loss": float(spearmanr(nats, loss).statistic),
-        "spearman_kl_of_h_error": float(spearmanr([r["heldout_relative_error"] for r in rows], kl).statistic),
-    }  # fmt: skip
-    for low, high in ((0, 0.05), (0.05, 0.2), (0.2, 0.5), (0.5, 100)):
-        ratios = sorted(b / a for a, b in zip(nats, kl, strict=True) if low <= a < high)
-        if ratios:
-            found[f"KL/predicted in [{low}, {high})"] = [len(ratios), ratios[0], ratios[len(ratios) // 2], ratios[-1]]
-    print(json.dumps(found, indent=1))
-    return found
 
 
 def main() -> None:

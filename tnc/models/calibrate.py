@@ -6,25 +6,21 @@ that at any time the graph and the statistics of one block are alive, beside the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tnc.errors import ModelError, StatsError
-from tnc.models.blocks import BlockCall, BlockWalk, quiet
-from tnc.models.capture import GradientCapture, InputCapture, Slot, recorded_inputs
-from tnc.models.collect import collect
+from tnc.errors import StatsError
+from tnc.models.backward_pass import backward_gradients, backward_stats, forward_and_label
+from tnc.models.calibration_job import Progress, calibration_job
+from tnc.models.forward_pass import forward_stats
 from tnc.models.hidden_states import HiddenStates
-from tnc.models.labels import loss_gradient
 from tnc.models.layers import select_layers
-from tnc.models.sequences import Batch, SequenceBatch, read_sequences
+from tnc.models.sequences import Batch, read_sequences
 from tnc.stats import LayerStats, Moments
 
 __all__ = ["Batch", "calibrate", "iter_block_stats"]
 
-Progress = Callable[[str, int, int], None]
 BlockStats = tuple[int, dict[str, LayerStats]]
 
 
@@ -109,214 +105,21 @@ def iter_block_stats(
         )
     layers = select_layers(model, include, exclude)
     sequences = read_sequences(batches, heldout_share)
-    _check_fits(model, sequences)
-    walk = BlockWalk(model, _on_device_of(model, sequences[0].ids))
-    job = _Job(model, walk, _by_block(layers, walk), sequences, seed, progress)
+    job = calibration_job(model, layers, sequences, seed=seed, progress=progress)
     with HiddenStates(memory_limit_bytes) as states:
         if not fisher:
-            yield from _forward_stats(job, states, {}, sequential=sequential, asymmetric=asymmetric)
+            yield from forward_stats(job, states, {}, sequential=sequential, asymmetric=asymmetric)
             return
-        _forward_and_label(job, states)
-        backwards = range(len(walk.blocks) - 1, min(job.groups) - 1, -1)
+        forward_and_label(job, states)
+        backwards = range(len(job.walk.blocks) - 1, min(job.groups) - 1, -1)
         if sequential:
             gradients: dict[str, Moments] = {}
             for index in backwards:
-                gradients.update(_backward_gradients(job, states, index))
-            yield from _forward_stats(job, states, gradients, sequential=True, asymmetric=asymmetric)
+                gradients.update(backward_gradients(job, states, index))
+            yield from forward_stats(job, states, gradients, sequential=True, asymmetric=asymmetric)
             return
         for index in backwards:
-            group = _backward_stats(job, states, index)
+            group = backward_stats(job, states, index)
             if group:
                 yield index, group
             del group
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One calibration: ``groups`` holds the selected layers of each block that has any, in order."""
-
-    model: nn.Module
-    walk: BlockWalk
-    groups: Mapping[int, Mapping[str, nn.Module]]
-    sequences: list[SequenceBatch]
-    seed: int
-    progress: Progress | None
-
-    @property
-    def tokens(self) -> int:
-        """Calibration tokens."""
-        return sum(batch.ids.numel() for batch in self.sequences if not batch.heldout)
-
-    def ids(self, batch: SequenceBatch) -> Tensor:
-        return _on_device_of(self.model, batch.ids)
-
-    def call(self, batch: SequenceBatch, index: int) -> BlockCall:
-        return self.walk.calls(self.ids(batch))[index]
-
-    def tell(self, stage: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(stage, done, total)
-
-
-def _forward_stats(
-    job: _Job, states: HiddenStates, gradients: Mapping[str, Moments], *, sequential: bool, asymmetric: bool
-) -> Iterator[BlockStats]:
-    """First block to last; hidden states of one depth are kept."""
-    last = max(job.groups)
-    for index in range(last + 1):
-        layers = job.groups.get(index, {})
-        captures = InputCapture(layers), InputCapture(layers)
-        for number, batch in enumerate(job.sequences):
-            dense = _dense_step(job, states, (index, number)) if asymmetric else None
-            _forward_step(job, states, (index, number), captures[batch.heldout], dense, keep_input=sequential)
-            job.tell("statistics", index * len(job.sequences) + number + 1, (last + 1) * len(job.sequences))
-        if layers:
-            group = collect(layers, captures, {name: gradients.get(name) for name in layers}, job.tokens)
-            del captures
-            yield index, group
-            del group
-        if sequential and index < last:
-            for number, _ in enumerate(job.sequences):
-                _advance(job, states, (index, number))
-
-
-def _forward_step(
-    job: _Job, states: HiddenStates, place: tuple[int, int], capture: InputCapture, dense: Mapping[Slot, Tensor] | None,
-    *, keep_input: bool,
-) -> None:  # fmt: skip
-    """One block on one batch: capture its layers' inputs; keep its output, or its input to run it again."""
-    index, number = place
-    with quiet(job.model), torch.no_grad():
-        call = job.call(job.sequences[number], index)
-        hidden = states.take(("hidden", index, number)) if index else call.hidden
-        with capture.watching(dense):
-            output = job.walk.run(index, hidden, call)
-    if index < max(job.groups):
-        key = ("hidden", index, number) if keep_input else ("hidden", index + 1, number)
-        states.put(key, hidden if keep_input else output)
-
-
-def _dense_step(job: _Job, states: HiddenStates, place: tuple[int, int]) -> dict[Slot, Tensor]:
-    """Layer inputs of one block on one batch as the model as given has them; keeps its output for the next block."""
-    index, number = place
-    with quiet(job.model), torch.no_grad():
-        call = job.call(job.sequences[number], index)
-        hidden = states.take(("dense", index, number)) if index else call.hidden
-        with recorded_inputs(job.groups.get(index, {})) as found:
-            output = job.walk.run(index, hidden, call)
-    if index < max(job.groups):
-        states.put(("dense", index + 1, number), output)
-    return found
-
-
-def _advance(job: _Job, states: HiddenStates, place: tuple[int, int]) -> None:
-    """Replace the input of a block by its output, with the layers it has now."""
-    index, number = place
-    with quiet(job.model), torch.no_grad():
-        call = job.call(job.sequences[number], index)
-        output = job.walk.run(index, states.take(("hidden", index, number)), call)
-    states.put(("hidden", index + 1, number), output)
-
-
-def _forward_and_label(job: _Job, states: HiddenStates) -> None:
-    """Keep the input of every block that is needed, and the loss gradient at the output of the last block."""
-    first, blocks = min(job.groups), len(job.walk.blocks)
-    for number, batch in enumerate(job.sequences):
-        with quiet(job.model):
-            ids = job.ids(batch)
-            with torch.no_grad():
-                calls = job.walk.calls(ids)
-                hidden = calls[0].hidden
-                for index in range(max(job.groups) + 1 if batch.heldout else blocks):
-                    if index >= first:
-                        states.put(("hidden", index, number), hidden)
-                    hidden = job.walk.run(index, hidden, calls[index])
-            if not batch.heldout:
-                gradient = loss_gradient(job.walk, ids, hidden, batch.indices, seed=job.seed)
-                states.put(("gradient", blocks - 1, number), gradient)
-        job.tell("forward", number + 1, len(job.sequences))
-
-
-def _backward_stats(job: _Job, states: HiddenStates, index: int) -> dict[str, LayerStats]:
-    """Statistics of one block, recomputed with its graph; hands the gradient to the block before."""
-    layers = job.groups.get(index, {})
-    captures = InputCapture(layers), InputCapture(layers)
-    gradients = GradientCapture(layers)
-    _backward(job, states, index, gradients, captures)
-    return collect(layers, captures, gradients.moments(), job.tokens)
-
-
-def _backward_gradients(job: _Job, states: HiddenStates, index: int) -> dict[str, Moments]:
-    """G alone of one block; hands the gradient to the block before."""
-    layers = job.groups.get(index, {})
-    gradients = GradientCapture(layers)
-    _backward(job, states, index, gradients, (InputCapture({}), InputCapture({})))
-    return gradients.moments()
-
-
-def _backward(
-    job: _Job, states: HiddenStates, index: int, gradients: GradientCapture,
-    captures: tuple[InputCapture, InputCapture],
-) -> None:  # fmt: skip
-    first, last = min(job.groups), len(job.walk.blocks) - 1
-    for number, batch in enumerate(job.sequences):
-        if not batch.heldout:
-            gradient = _backward_step(job, states, (index, number), gradients, captures[0])
-            if index > first:
-                states.put(("gradient", index - 1, number), gradient)
-        elif index <= max(job.groups):
-            hidden = states.take(("hidden", index, number))
-            with quiet(job.model), torch.no_grad(), captures[1].watching():
-                job.walk.run(index, hidden, job.call(batch, index))
-        done = (last - index) * len(job.sequences) + number + 1
-        job.tell("backward", done, (last - first + 1) * len(job.sequences))
-
-
-def _backward_step(
-    job: _Job, states: HiddenStates, place: tuple[int, int], gradients: GradientCapture, capture: InputCapture
-) -> Tensor:
-    """One block forward and backward on one batch: the loss gradient at its input, zero for token ids."""
-    index, number = place
-    leaf = states.take(("hidden", index, number))
-    arriving = states.take(("gradient", index, number))
-    with quiet(job.model), torch.enable_grad():
-        call = job.call(job.sequences[number], index)
-        if leaf.is_floating_point():
-            leaf.requires_grad_()
-        with capture.watching(), gradients.watching():
-            output = job.walk.run(index, leaf, call)
-            if output.requires_grad:
-                output.backward(arriving)  # type: ignore[no-untyped-call]
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _by_block(layers: Mapping[str, nn.Module], walk: BlockWalk) -> dict[int, dict[str, nn.Module]]:
-    groups: dict[int, dict[str, nn.Module]] = {}
-    for index, block in enumerate(walk.blocks):
-        inside = {name: layer for name, layer in layers.items() if walk.whole or f"{name}.".startswith(f"{block}.")}
-        if inside:
-            groups[index] = inside
-    return groups
-
-
-def _check_fits(model: nn.Module, sequences: list[SequenceBatch]) -> None:
-    """Raise `ModelError` for token ids or lengths that the model's configuration rules out."""
-    config = getattr(model, "config", None)
-    vocabulary, limit = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    largest, longest = max(int(s.ids.max()) for s in sequences), max(s.ids.shape[1] for s in sequences)
-    smallest = min(int(s.ids.min()) for s in sequences)
-    if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
-        raise ModelError(
-            f"the calibration batches hold token ids {smallest} to {largest}; the model knows 0 <= id < "
-            f"{vocabulary}. Use the tokenizer of this model."
-        )
-    if limit is not None and longest > limit:
-        raise ModelError(
-            f"calibration sequences of {longest} tokens are longer than the model can read "
-            f"(max_position_embeddings={limit}); cut them to at most {limit} tokens."
-        )
-
-
-def _on_device_of(model: nn.Module, ids: Tensor) -> Tensor:
-    first = next(model.parameters(), None)
-    return ids if first is None else ids.to(first.device)
