@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     batches = calibration_batches(
         tokenizer, read_text(arguments.calib), context=512, sequences=arguments.sequences, seed=arguments.seed
     )
-    stats = _on_cpu(calibrate(dense, [batch.to(device) for batch in batches], seed=arguments.seed))
+    stats = on_cpu(calibrate(dense, [batch.to(device) for batch in batches], seed=arguments.seed))
     whole = list(token_windows(tokenizer, read_text(arguments.text), 512))
     count = min(arguments.windows, len(whole))
     windows = [whole[i * len(whole) // count] for i in range(count)]
@@ -166,7 +166,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "rows": rows}
 
 
-def _on_cpu(stats: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+def on_cpu(stats: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+    """The same statistics on the CPU; what layers share stays shared."""
     moved: dict[int, Moments] = {}
 
     def move(moments: Moments | None) -> Moments | None:

@@ -52,12 +52,35 @@ def test_states_are_the_last_bits_of_the_ring(rows, sizes, length, seed):
     assert torch.equal(format.states(codes[:, :1]), states[:, :1])
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 11), st.integers(1, 11), st.sampled_from((1, 2, 5, 99)), st.integers(0, 99))
+def test_states_on_anti_diagonals(rows, columns, length, seed):
+    """Down and to the left, cut and closed as columns are; groups of columns are decoded as the whole matrix is."""
+    format = TrellisFormat(2, 8, length=length, path="diagonal")
+    codes = torch.randint(4, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    states = format.states(codes)
+    seen = 0
+    for line in range(rows + columns - 1):
+        entries = [(i, line - i) for i in range(rows) if 0 <= line - i < columns]
+        for first, last in format.sequences(len(entries)):
+            ring = entries[first:last]
+            for t, entry in enumerate(ring):
+                before = (int(codes[ring[(t - i) % len(ring)]]) << 2 * i for i in range(4))
+                assert int(states[entry]) == sum(before)
+                seen += 1
+    assert seen == rows * columns
+    assert torch.equal(format.states(codes.reshape(rows, columns, 1)).reshape(rows, columns), states)
+
+
 def test_a_trellis_stores_its_bits_and_survives_json():
     format = number_format("trellis2", group_size=64)
     assert format == TrellisFormat(2, group_size=64) and format.describe() == "trellis2 L12 g64"
     assert format.stored_bits((256, 512)) == (2 + 16 / 64) * 256 * 512
     assert format_from_spec(json.loads(json.dumps(format.spec()))) == format
-    assert not format.has_exact_zero
+    assert not format.has_exact_zero and format.columns_alone and "path" not in format.spec()
+    diagonal = number_format("trellis2_diagonal")
+    assert format_from_spec(json.loads(json.dumps(diagonal.spec()))) == diagonal and not diagonal.columns_alone
+    assert diagonal.describe() == "trellis2 L12 diagonal"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +90,11 @@ def test_a_trellis_stores_its_bits_and_survives_json():
         (lambda: TrellisFormat(3, 16), r"a multiple of them up to 16"),
         (lambda: TrellisFormat(2, 18), r"a multiple of them up to 16"),
         (lambda: TrellisFormat(2, code="x"), r"code='x'\) is unknown; expected one of 1mad, 3inst"),
+        (
+            lambda: TrellisFormat(2, path="row"),
+            r"path='row', pad=False\) is not supported; expected column or diagonal",
+        ),
+        (lambda: TrellisFormat(2, path="diagonal", pad=True), r"the second without padding"),
         (lambda: TrellisFormat(2, length=0), r"length=0\) must be at least 1 row"),
         (lambda: TrellisFormat(2, group_size=0), r"group_size=0\) must be at least 1"),
     ],

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from quant_cases import hessian_of
 
 from tnc.decompose import QuantizeStage, decompose
-from tnc.errors import FormatError
+from tnc.errors import FormatError, ShapeError
 from tnc.formats import CODES, TrellisFormat
-from tnc.quant import Grid, fit_grid, gptq, grid_lower_bound, rtn
+from tnc.metric import Metric
+from tnc.quant import Grid, fit_grid, gptq, grid_lower_bound, refine, rtn, yaqa
+from tnc.quant.feedback import feedback
 from tnc.quant.trellis import trellis_of
 from tnc.quant.viterbi import Trellis, encode, least_costs
 from tnc.stats import LayerStats
+from tnc.testing import check_quantizer
 
 FORMATS = {(2, 12): TrellisFormat(2), (3, 12): TrellisFormat(3), (4, 12): TrellisFormat(4)}
 
@@ -122,5 +125,80 @@ def test_entries_of_a_sequence_are_not_rounded_one_by_one():
     weight, format = torch.randn(8, 16), TrellisFormat(2, state_bits=8)
     stats = LayerStats.from_hessian(torch.eye(16), torch.eye(8), tokens=9)
     for stage in (QuantizeStage(format, method="yaqa"), QuantizeStage(format, refine=1)):
-        with pytest.raises(FormatError, match=r"codes whole columns.*use method='gptq' or 'rtn' and refine=0"):
+        with pytest.raises(FormatError, match=r"codes whole columns.*use method='gptq' or 'rtn', or a format of anti"):
             decompose(weight, [stage], stats)
+    grid = fit_grid(weight, TrellisFormat(2, state_bits=8, path="diagonal"))
+    with pytest.raises(FormatError, match=r"codes anti-diagonals: columns are not rounded in turn"):
+        grid.levels(torch.float32, torch.arange(16), 8).columns()
+    with pytest.raises(ShapeError, match=r"columns of trellis2 L8 diagonal are not coded alone"):
+        grid.quantize(weight[:, :2], torch.arange(2))
+
+
+DIAGONAL = TrellisFormat(2, state_bits=8, path="diagonal", length=12, group_size=5)
+
+
+def two_sided(rows=16, columns=10, seed=0):
+    weight, stats = problem(rows, columns, seed)
+    gradient = hessian_of(rows, 50, torch.Generator().manual_seed(seed + 1))
+    return weight, LayerStats.from_hessian(stats.hessian, gradient, tokens=50)
+
+
+@pytest.mark.parametrize("shape", [(16, 10), (5, 25), (1, 5), (9, 5)])
+def test_every_line_is_coded_to_its_own_two_sided_target(shape):
+    """With E at hand, line by line: the target is w + (Uᵀ E V) - E, nothing later comes into it, weights are pivots."""
+    weight, stats = two_sided(*shape)
+    rows, columns = shape
+    term = yaqa(weight, stats, DIAGONAL, damping=0.01, gradient_damping=0.1).term
+    left, right = (
+        feedback(second, damping, order=torch.arange(len(second)), side=side)
+        for second, damping, side in ((stats.gradient.second, 0.1, "G"), (stats.hessian, 0.01, "H"))
+    )
+    error = weight.double() - term.to_dense().double()
+    own = left.factor.T @ error @ right.factor
+    scale = term.scales(torch.float64).repeat_interleave(5, 1)
+    target = (weight + own - error) / scale
+    costs = torch.outer(left.pivots, right.pivots) * scale.square()
+    for line in range(rows + columns - 1):
+        entries = [(i, line - i) for i in range(rows) if 0 <= line - i < columns]
+        for first, last in DIAGONAL.sequences(len(entries)):
+            at = tuple(torch.tensor(each) for each in zip(*entries[first:last], strict=True))
+            one = (target[at].float().unsqueeze(1), (costs[at] / costs[at].max()).float().unsqueeze(1))
+            found = encode(trellis_of(DIAGONAL), *one)[:, 0]
+            values = DIAGONAL.decode(term.integer_codes(), None, torch.float64)[at]
+            chosen = float((one[1][:, 0] * (values - target[at]).square()).sum())
+            best = ring_cost(CODES["1mad"](torch.arange(256)), 2, found.tolist(), *(each[:, 0] for each in one))
+            assert chosen <= best * (1 + 1e-3) + 1e-6
+
+
+def test_anti_diagonals_serve_rtn_gptq_and_yaqa_in_their_own_metrics():
+    weight, stats = two_sided(40, 30)
+    terms = {
+        "rtn": rtn(weight, DIAGONAL), "gptq": gptq(weight, stats, DIAGONAL), "yaqa": yaqa(weight, stats, DIAGONAL).term,
+    }  # fmt: skip
+    errors = {name: weight.double() - term.to_dense().double() for name, term in terms.items()}
+    in_h = {name: Metric.full(stats).squared_norm(e) for name, e in errors.items()}
+    in_both = {name: Metric.fisher(stats).squared_norm(e) for name, e in errors.items()}
+    assert in_h["gptq"] < 0.9 * in_h["rtn"] and in_both["yaqa"] < 0.9 * in_both["gptq"]
+    better = refine(weight, terms["yaqa"], stats, sweeps=2)
+    assert Metric.fisher(stats).squared_norm(weight.double() - better.to_dense().double()) < in_both["yaqa"]
+    in_h_alone = LayerStats.from_hessian(stats.hessian, tokens=50)
+    swept = refine(weight, terms["gptq"], in_h_alone, sweeps=2)
+    assert Metric.full(stats).squared_norm(weight.double() - swept.to_dense().double()) < in_h["gptq"]
+    assert torch.equal(yaqa(weight, in_h_alone, DIAGONAL).term.codes, terms["gptq"].codes)
+    plain = LayerStats.from_hessian(torch.eye(30), tokens=50)
+    assert torch.equal(gptq(weight, plain, DIAGONAL).codes, terms["rtn"].codes)
+    identities = LayerStats.from_hessian(stats.hessian, torch.eye(40), tokens=50)
+    assert torch.equal(yaqa(weight, identities, DIAGONAL).term.codes, terms["gptq"].codes)
+    assert 0 < grid_lower_bound(weight, terms["rtn"], torch.ones(30)) <= float(errors["rtn"].square().sum())
+    points = terms["rtn"].scales(torch.float64).repeat_interleave(5, 1).unsqueeze(-1) * CODES["1mad"](torch.arange(256))
+    nearest = (weight.double().unsqueeze(-1) - points).abs().amin(-1).square().sum()
+    assert grid_lower_bound(weight, terms["rtn"], torch.ones(30)) == pytest.approx(float(nearest), rel=1e-6)
+
+
+def test_laws_of_anti_diagonals():
+    def formats_of(columns):
+        sizes = st.sampled_from([None, 1, columns])
+        return st.builds(lambda g: TrellisFormat(2, 4, path="diagonal", length=9, group_size=g), sizes)
+
+    check_quantizer(lambda w, s, f: yaqa(w, s, f).term, formats_of=formats_of, max_examples=10)
+    check_quantizer(lambda w, s, f: refine(w, gptq(w, s, f), s, sweeps=1), formats_of=formats_of, max_examples=8)

@@ -24,6 +24,7 @@ FORMATS: dict[str, NumberFormat] = {
     "fp8_e4m3_block": TableFormat("e4m3", 128, group_rows=128, scale="float32"),
     "ternary": TableFormat("ternary"),
     **{f"trellis{bits}": TrellisFormat(bits) for bits in (2, 3, 4)},
+    **{f"trellis{bits}_diagonal": TrellisFormat(bits, path="diagonal") for bits in (2, 3, 4)},
 }
 """Formats by name; without a group size of its own a format has one scale a row."""
 

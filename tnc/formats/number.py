@@ -89,6 +89,11 @@ class NumberFormat(abc.ABC):
         return True
 
     @property
+    def columns_alone(self) -> bool:
+        """Whether a column of codes can be decoded without the others."""
+        return True
+
+    @property
     def scales(self) -> ScaleFormat:
         """Storage of the scales."""
         return scale_format(self.scale)
@@ -146,7 +151,7 @@ class NumberFormat(abc.ABC):
         return {"type": self.type, **kept}
 
 
-_OPTIONAL = ("scale", "pad", "group_rows")  # fields younger than files of version 1
+_OPTIONAL = ("scale", "pad", "group_rows", "path")  # fields younger than files of version 1
 _FORMATS: dict[str, type[NumberFormat]] = {}
 _FIELDS: dict[str, tuple[str, ...]] = {}  # torch.compile traces `format_from_spec`, but not dataclasses.fields
 F = TypeVar("F", bound=type[NumberFormat])

@@ -15,6 +15,7 @@ from tnc.quant.grid import Grid, check_quantizable, working_dtype
 from tnc.quant.levels import Columns
 from tnc.quant.order import column_order
 from tnc.quant.registry import QuantizerEntry, QuantizerResult, needed, register_quantizer
+from tnc.quant.rings import Rings, round_rings
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
 
@@ -47,7 +48,7 @@ def gptq(
         clip_ratios: candidate ranges of a group as ratios of its full range; ``(1.0,)`` is no search.
         order: ``"activation"``, by falling ``diag(H)``; ``"group"``, whole groups by falling mean of ``diag(H)``
             and columns by ``diag(H)`` inside (the group-aware order of GPTQModel, from its published
-            description); ``"natural"``.
+            description); ``"natural"``, which formats that code anti-diagonals always take.
         block_size: columns between two matrix products; changes speed and float rounding only.
 
     Raises:
@@ -81,11 +82,23 @@ def gptq_with_notes(
     hessian = stats.hessian.to(weight.device, torch.float64)
     if block_size < 1:
         raise FormatError(f"gptq(block_size={block_size}) must be at least 1; the default is 128.")
+    if not format.columns_alone:
+        return _round_lines(weight, hessian, format, damping, clip_ratios)
     columns = column_order(order, hessian.diagonal(), format.layout((weight.shape[0], weight.shape[1])).columns)
     found = feedback(hessian, damping, order=columns)
     grid = fit_grid(weight, format, importance=hessian.diagonal(), clip_ratios=clip_ratios)
     codes = _round_with_feedback(weight, grid, found.factor, found.order, block_size)
     return QuantizerResult(grid.term(codes), found.damping, found.notes)
+
+
+def _round_lines(
+    weight: Tensor, hessian: Tensor, format: NumberFormat, damping: float, clip_ratios: Sequence[float]
+) -> QuantizerResult:
+    """Formats that code anti-diagonals: columns in natural order, feedback as everywhere."""
+    found = feedback(hessian, damping, order=torch.arange(len(hessian)))
+    grid = fit_grid(weight, format, importance=hessian.diagonal(), clip_ratios=clip_ratios)
+    rings = Rings.of(grid, torch.ones(len(weight)), found.pivots)
+    return QuantizerResult(grid.term(round_rings(weight, rings, None, found.factor)), found.damping, found.notes)
 
 
 def _round_with_feedback(weight: Tensor, grid: Grid, factor: Tensor, order: Tensor, block_size: int) -> Tensor:

@@ -121,6 +121,10 @@ class Grid:
         return -count % self.format.group_size if self.format.pad and self.format.group_size is not None else 0
 
     def _check(self, columns: Tensor, index: Tensor | None) -> None:
+        if index is not None and not self.format.columns_alone:
+            raise ShapeError(
+                f"columns of {self.format.describe()} are not coded alone; pass all of them, without index."
+            )
         (down, groups), (rows, count) = self.scale.shape, columns.shape
         group_size, group_rows = self.format.group_size, self.format.group_rows
         expected = count if index is None else index.numel()

@@ -19,6 +19,7 @@ from tnc.metric import Metric
 from tnc.quant.grid import Grid, check_quantizable
 from tnc.quant.levels import Levels
 from tnc.quant.rescale import refit_scales
+from tnc.quant.rings import Rings, improve_rings
 from tnc.stats import LayerStats
 from tnc.terms import Quantized, dense64
 
@@ -133,6 +134,10 @@ def _normal(side: Tensor) -> Tensor:
 def _swept(weight: Tensor, term: Quantized, sides: _Sides) -> Quantized:
     """The term after every code was looked at once, block by block of columns."""
     grid, columns = Grid.of(term), weight.shape[1]
+    if not term.format.columns_alone:
+        across = sides.hessian.diagonal()
+        down = torch.ones(len(weight)) if sides.gradient is None else sides.gradient.diagonal()
+        return improve_rings(weight, term, Rings.of(grid, down, across), sides.hessian, sides.gradient)
     levels = grid.levels(torch.float32, torch.arange(columns, device=weight.device), len(weight))
     values = term.to_dense().float().clone()
     pull = sides.pull(weight - values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,14 +34,10 @@ class TrellisLevels:
         """Codes (m, ...) of the nearest sequences, weighted by the squares of the scales."""
         scale = self.scale.expand(values.shape).reshape(len(values), -1)
         targets, weights = _normalized(values.reshape(scale.shape), scale)
-        found = []
-        for length, rows in _runs(self.format, len(values)):
-            rings, shares = _rings(targets[rows], length), _rings(weights[rows], length)
-            step = max(1, _FLOATS // (length << self.format.state_bits))
-            parts = zip(torch.split(rings, step, 1), torch.split(shares, step, 1), strict=True)
-            codes = torch.cat([encode(trellis_of(self.format), *part) for part in parts], 1)
-            found.append(codes.reshape(length, -1, scale.shape[1]).transpose(0, 1).reshape(-1, scale.shape[1]))
-        return torch.cat(found).reshape(values.shape).to(values.device)
+        codes = torch.empty(targets.shape, dtype=torch.uint8)
+        for rings in _rings(self.format, (targets.shape[0], targets.shape[1])):
+            codes.view(-1)[rings] = encode_rings(self.format, targets.view(-1)[rings], weights.view(-1)[rings])
+        return codes.reshape(values.shape).to(values.device)
 
     def values(self, chosen: Tensor) -> Tensor:
         """Scale times the levels of whole columns."""
@@ -52,27 +48,40 @@ class TrellisLevels:
         return chosen
 
     def least_squared_errors(self, values: Tensor) -> Tensor:
-        """(c,) float64, at most the squared error of any codes on the columns ``values`` (m, c)."""
+        """(c,) float64, at most the squared error of any codes on the columns ``values`` (m, c).
+
+        Where lines are anti-diagonals that of the nearest levels of any states: sequences run through many columns.
+        """
+        if not self.format.columns_alone:
+            return self._least_of_entries(values)
+        total = torch.zeros(values.shape[1], dtype=torch.float64)
         scale = self.scale.expand(values.shape)
         targets, weights = _normalized(values, scale)
-        total = torch.zeros(values.shape[1], dtype=torch.float64)
-        for length, rows in _runs(self.format, len(values)):
-            rings, shares = _rings(targets[rows], length), _rings(weights[rows], length)
-            step = max(1, _FLOATS // (length << self.format.state_bits))
-            parts = zip(torch.split(rings, step, 1), torch.split(shares, step, 1), strict=True)
+        for rings in _rings(self.format, (values.shape[0], values.shape[1])):
+            parts = _parts(self.format, targets.view(-1)[rings], weights.view(-1)[rings])
             least = torch.cat([least_costs(trellis_of(self.format), *part) for part in parts])
             total += least.reshape(-1, values.shape[1]).sum(0)
         return total * scale.double().amax().cpu() ** 2
 
+    def _least_of_entries(self, values: Tensor) -> Tensor:
+        scale = self.scale.expand(values.shape).double()
+        levels = trellis_of(self.format).values[0].to(scale).sort().values
+        targets = values.double() / scale.masked_fill(scale == 0, torch.inf)
+        above = torch.bucketize(targets, levels).clamp_max(len(levels) - 1)
+        distance = torch.minimum((targets - levels[above]).abs(), (targets - levels[(above - 1).clamp_min(0)]).abs())
+        return torch.where(scale == 0, values.double(), scale * distance).square().sum(0)
+
     def columns(self) -> Columns:
-        """Column by column."""
+        """Column by column; refused where lines are anti-diagonals."""
+        if not self.format.columns_alone:
+            raise FormatError(f"format {self.format.describe()} codes anti-diagonals: columns are not rounded in turn.")
         return _TrellisColumns(self.format, self.scale.T.contiguous())
 
     def at(self, pick: Callable[[Tensor], Tensor]) -> Levels:
         """Refused: an entry of a sequence has no level without its neighbours."""
         raise FormatError(
-            f"format {self.format.describe()} codes whole columns: entries are not rounded or refined one by one; use "
-            "method='gptq' or 'rtn' and refine=0."
+            f"format {self.format.describe()} codes whole {self.format.path}s: entries are not rounded one by one; use "
+            "method='gptq' or 'rtn', or a format of anti-diagonals such as trellis2_diagonal with 'yaqa' and refine."
         )
 
 
@@ -94,27 +103,45 @@ class _TrellisColumns:
         return chosen
 
 
+def encode_rings(format: TrellisFormat, targets: Tensor, weights: Tensor) -> Tensor:
+    """Codes (T, B) uint8 of B rings of T entries each: `encode`, as many at a time as memory should hold.
+
+    Args:
+        format: of the codes.
+        targets: (T, B) in units of the scale, float32 on the CPU.
+        weights: (T, B) of the squared errors, in any unit.
+    """
+    return torch.cat([encode(trellis_of(format), *part) for part in _parts(format, targets, weights)], 1)
+
+
+def _parts(format: TrellisFormat, targets: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    step = max(1, _FLOATS // (len(targets) << format.state_bits))
+    return zip(torch.split(targets, step, 1), torch.split(weights, step, 1), strict=True)
+
+
 def _normalized(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Targets in units of the scale, and squared scales relative to the largest; float32 on the CPU."""
     targets = values / scale.masked_fill(scale == 0, torch.inf)
     weights = (scale / scale.amax().clamp_min(torch.finfo(scale.dtype).tiny)).square()
-    return targets.to("cpu", torch.float32), weights.to("cpu", torch.float32)
+    return targets.to("cpu", torch.float32).contiguous(), weights.to("cpu", torch.float32).contiguous()
 
 
-def _runs(format: TrellisFormat, rows: int) -> list[tuple[int, slice]]:
-    """Length of a sequence, and the rows of all neighbouring sequences of that length."""
-    runs: list[tuple[int, slice]] = []
-    for first, last in format.sequences(rows):
-        if runs and runs[-1][0] == last - first:
-            runs[-1] = last - first, slice(runs[-1][1].start, last)
-        else:
-            runs.append((last - first, slice(first, last)))
-    return runs
-
-
-def _rings(matrix: Tensor, length: int) -> Tensor:
-    """Columns cut into sequences side by side: (s * length, c) to (length, s * c)."""
-    return matrix.reshape(-1, length, matrix.shape[1]).transpose(0, 1).reshape(length, -1)
+def _rings(format: TrellisFormat, shape: tuple[int, int]) -> Iterator[Tensor]:
+    """Flat numbers of the entries of all rings of one length (length, rings), length by length."""
+    rows, columns = shape
+    found: dict[int, list[Tensor]] = {}
+    if format.path == "column":
+        for first, last in format.sequences(rows):
+            ring = torch.arange(first, last).unsqueeze(1) * columns + torch.arange(columns)
+            found.setdefault(last - first, []).append(ring)
+    else:
+        for line in range(rows + columns - 1):
+            top = max(0, line - columns + 1)
+            for first, last in format.sequences(min(rows - 1, line) - top + 1):
+                row = torch.arange(top + first, top + last)
+                found.setdefault(last - first, []).append((row * columns + line - row).unsqueeze(1))
+    for rings in found.values():
+        yield torch.cat(rings, 1)
 
 
 def _build(format: NumberFormat, scale: Tensor, zero: Tensor | None) -> Levels:

@@ -92,18 +92,16 @@ def least_costs(trellis: Trellis, targets: Tensor, weights: Tensor) -> Tensor:
 
 def _costs(trellis: Trellis, targets: Tensor, weights: Tensor, start: Tensor | None) -> Tensor:
     """(T, B, states): least cost of a path that ends there at t, less ``weights * targets²``."""
-    (length, count), K = targets.shape, 1 << trellis.bits
+    (length, count), K, D = targets.shape, 1 << trellis.bits, trellis.digits
     costs = torch.empty(length, count, trellis.values.shape[1])
-    linear, squares = (-2 * weights * targets).unsqueeze(-1), trellis.values.square()
+    linear, quadratic, squares = (-2 * weights * targets).unsqueeze(-1), weights.unsqueeze(-1), trellis.values.square()
+    for slot in range(min(D, length)):  # what every state costs by itself, all times of a slot at once
+        torch.mul(squares[slot], quadratic[slot::D], out=costs[slot::D]).addcmul_(trellis.values[slot], linear[slot::D])
     least = None if start is None else start.view(count, 1, 1, -1)
     for t, now in enumerate(costs):
-        slot = t % trellis.digits
-        torch.mul(squares[slot], weights[t].unsqueeze(-1), out=now)
-        now.addcmul_(trellis.values[slot], linear[t])
         if least is not None:
-            now.view(count, K**slot, K, -1).add_(least)
-        after = (t + 1) % trellis.digits
-        least = now.view(count, K**after, K, -1).amin(2, keepdim=True)
+            now.view(count, K ** (t % D), K, -1).add_(least)
+        least = now.view(count, K ** ((t + 1) % D), K, -1).amin(2, keepdim=True)
     return costs
 
 

@@ -15,6 +15,7 @@ from tnc.quant.feedback import feedback
 from tnc.quant.gptq import gptq_with_notes
 from tnc.quant.grid import check_quantizable, working_dtype
 from tnc.quant.registry import QuantizerEntry, QuantizerResult, needed, register_quantizer
+from tnc.quant.rings import Rings, round_rings
 from tnc.quant.wavefront import round_two_sided
 from tnc.stats import LayerStats
 
@@ -35,8 +36,8 @@ def yaqa(
     ``tr(Eᵀ G E H) = ‖D_G^{1/2} (Uᵀ E V) D_H^{1/2}‖²``. Entry (i, j) takes the code nearest to
     ``q_ij + (Uᵀ E V)_ij``, that is ``w_ij`` plus the feedback of the entries above and to the left, so that entry of
     ``Uᵀ E V`` is its own rounding error alone: two-sided LDLQ. Rows go by falling ``diag(G)``, columns by
-    falling ``diag(H)``. With ``G = I`` the codes are those of `gptq`. Grids are those of `rtn`. Without gradients the
-    result is `gptq`'s, with a note.
+    falling ``diag(H)``; both in natural order for a trellis of anti-diagonals (`round_rings`). With ``G = I`` the
+    codes are those of `gptq`. Grids are those of `rtn`. Without gradients the result is `gptq`'s, with a note.
 
     Args:
         weight: (out_features, in_features), any float dtype; computed in float32, in float64 for float64.
@@ -66,15 +67,20 @@ def yaqa(
         note = "no gradient moment G: rounded with feedback in H alone (gptq)"
         return QuantizerResult(one_sided.term, one_sided.damping, (*one_sided.fallbacks, note))
     hessian = stats.hessian.to(weight.device, torch.float64)
-    inputs = feedback(hessian, damping)
-    outputs = feedback(stats.gradient.second.to(weight.device), gradient_damping, side="G")
+    down, across = (None, None) if format.columns_alone else map(torch.arange, weight.shape)
+    inputs = feedback(hessian, damping, order=across)
+    outputs = feedback(stats.gradient.second.to(weight.device), gradient_damping, order=down, side="G")
     grid = fit_grid(weight, format, importance=hessian.diagonal(), clip_ratios=clip_ratios)
+    notes, damping = inputs.notes + outputs.notes, max(inputs.damping, outputs.damping)
+    if not format.columns_alone:
+        rings = Rings.of(grid, outputs.pivots, inputs.pivots)
+        return QuantizerResult(grid.term(round_rings(weight, rings, outputs.factor, inputs.factor)), damping, notes)
     dtype, across, down = working_dtype(weight), inputs.order, outputs.order.unsqueeze(1)
     levels = grid.levels(dtype, across, len(weight)).at(itemgetter(outputs.order))
     ordered = weight.to(dtype)[down, across]
     codes = torch.empty_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format)
     codes[down, across] = round_two_sided(ordered, levels, outputs.factor.to(dtype), inputs.factor.to(dtype), tile)
-    return QuantizerResult(grid.term(codes), max(inputs.damping, outputs.damping), inputs.notes + outputs.notes)
+    return QuantizerResult(grid.term(codes), damping, notes)
 
 
 register_quantizer("yaqa", QuantizerEntry("two-sided feedback in G ⊗ H (two-sided LDLQ)", "arXiv:2505.22988", yaqa))

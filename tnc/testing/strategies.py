@@ -147,7 +147,8 @@ def entry_formats(in_features: int | None = None) -> st.SearchStrategy[NumberFor
 @st.composite
 def _trellises(draw: st.DrawFn, in_features: int) -> NumberFormat:
     bits, digits, length = (draw(st.sampled_from(each)) for each in ((2, 3, 4), (2, 1, 3), (256, 1, 9)))
-    return TrellisFormat(bits, bits * digits, length=length, group_size=draw(_group_sizes(in_features)))
+    path = draw(st.sampled_from(("column", "diagonal")))
+    return TrellisFormat(bits, bits * digits, length=length, path=path, group_size=draw(_group_sizes(in_features)))
 
 
 def _group_sizes(in_features: int | None) -> st.SearchStrategy[int | None]:

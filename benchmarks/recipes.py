@@ -1,0 +1,248 @@
+"""Every recipe at about the same bits, over several samples of the calibration text, in one table.
+
+    python -m benchmarks.recipes MODEL --calib TEXT --text TEXT --seeds 0 1 2 --jobs 8 --out results/recipes.json
+
+A row is (recipe, bits, seed): bits per weight, held-out error, predicted nats, and KL, Δloss and perplexity on held-out
+text beside the dense model. Layers are decomposed in processes of one thread, rows are scored by the first process,
+written as they come, and not computed again when the command is repeated: ``--seconds`` stops it early.
+``--table`` prints what the file holds, mean ± spread over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.portfolio import on_cpu
+from benchmarks.run import machine
+from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, recipe
+from tnc.decompose.best import decompose_by
+from tnc.decompose.shared import decompose_shared
+from tnc.errors import TNCError
+from tnc.models.evaluate import evaluate
+from tnc.models.hf import load_model, load_tokenizer
+from tnc.models.layers import select_layers, weight_of
+from tnc.models.sharing import sharing_groups
+from tnc.models.text import calibration_batches, read_text, token_windows
+
+_BASES = (
+    "gptq", "yaqa_rotated_refined", "rtn", "yaqa_refined", "yaqa_rotated", "quip", "yaqa", "gptq_rotated",
+    "gptq_refined", "awq_gptq", "awq", "lwc", "hqq", "autoround",
+)  # fmt: skip
+_FACTORED = (
+    "eora", "qera", "qlr_fisher", "qlr_shared", "caldera", "qlr_alternating", "loftq", "svdquant", "qlr_gated",
+    "lqer", "lorc",
+)  # fmt: skip
+_WHOLE = ("odlri", "srr")  # take an integer rank
+_SIGNS = 0.01  # bits a weight that signs of rotations and padding of small layers may take
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of the table is made by."""
+
+    bits: int
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        """Name in the file."""
+        return f"{self.recipe.describe()} @{self.bits}"
+
+
+def rows(widths: list[int], only: str) -> Iterator[Row]:
+    """Bases in groups of 64; with 4-bit factors in groups of 128 at the same bits; trellises have a scale a row."""
+    first = [[("yaqa_trellis", {})], [(name, {"group_size": 64}) for name in _BASES]]
+    coarse = {"group_size": 128, "factor_bits": 4}
+    last = [[(name, coarse) for name in _FACTORED], [(name, {**coarse, "rank": 6}) for name in _WHOLE],
+            [("yaqa_trellis_lr", {"factor_bits": 4}), ("qtip", {})]]  # fmt: skip
+    for name, options in (each for group in (*first, *last) for each in group):
+        if re.search(only, name):
+            for bits in widths:
+                limit = {"rank": BitsPerWeight(bits + (16 + bits) / 64 + _SIGNS)} if "factor_bits" in options else {}
+                yield Row(bits, recipe(name, bits=bits, **{**limit, **options}))  # type: ignore[arg-type]
+
+
+_WORK: dict[str, Any] = {}  # weights, statistics and rows, inherited by the processes
+
+
+@dataclass(frozen=True)
+class _Job:
+    row: int
+    layers: tuple[str, ...]
+
+
+def _make(job: _Job) -> tuple[_Job, list[tuple[int, float, float, Any]] | str]:
+    try:
+        return job, _decomposed(job)
+    except TNCError as error:  # a small layer may have no room for factors; the row is left out, and says so
+        return job, f"{', '.join(job.layers)}: {error}"
+
+
+def _decomposed(job: _Job) -> list[tuple[int, float, float, Any]]:
+    torch.set_num_threads(1)
+    made: Recipe = _WORK["rows"][job.row].recipe
+    weights, stats = [_WORK["weights"][n] for n in job.layers], [_WORK["stats"][n] for n in job.layers]
+    if len(job.layers) > 1:
+        found = decompose_shared(weights, made.stages, stats, sweeps=made.sweeps)
+    else:
+        found = [decompose_by(weights[0], made, stats[0])]
+    return [
+        (each.report.storage_bits, float(each.report.predicted_nats or 0),
+         float(each.report.heldout_relative_error or 0), each.operator.to_dense().float().numpy())
+        for each in found
+    ]  # fmt: skip
+
+
+def _jobs(todo: list[int]) -> list[_Job]:
+    """Layers of a row, those with one right factor together, the largest first."""
+    found = []
+    for number in todo:
+        made, weights = _WORK["rows"][number].recipe, _WORK["weights"]
+        groups = sharing_groups(dict.fromkeys(weights, made), _WORK["stats"])
+        groups.sort(key=lambda names: -sum(weights[n].numel() for n in names))
+        found += [_Job(number, tuple(names)) for names in groups]
+    return found
+
+
+def decomposed(todo: list[int], jobs: int) -> Iterator[tuple[int, dict[str, tuple[int, float, float, Tensor]]]]:
+    """Rows that every layer takes, in order: number, and bits, nats, held-out error and matrix of every layer."""
+    partial: dict[int, dict[str, tuple[int, float, float, Tensor]]] = {number: {} for number in todo}
+    count = len(_WORK["weights"])
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for job, results in pool.imap_unordered(_make, _jobs(todo)):
+            if isinstance(results, str):
+                if partial.pop(job.row, None) is not None:
+                    print(f"{_WORK['rows'][job.row].recipe.describe()} left out: {results}", flush=True)
+                continue
+            if job.row not in partial:
+                continue
+            for name, (bits, nats, heldout, matrix) in zip(job.layers, results, strict=True):
+                partial[job.row][name] = bits, nats, heldout, torch.from_numpy(matrix)
+            if len(partial[job.row]) == count:
+                yield job.row, partial.pop(job.row)
+
+
+def scored(
+    row: Row, seed: int, made: Mapping[str, tuple[int, float, float, Tensor]], dense: nn.Module, windows: list[Tensor]
+) -> dict[str, Any]:
+    """One row of the file."""
+    model = copy.deepcopy(dense)
+    for name, (_, _, _, matrix) in made.items():
+        weight_of(model.get_submodule(name)).data.copy_(matrix)
+    elements = sum(matrix.numel() for *_, matrix in made.values())
+    return {
+        "recipe": row.recipe.name, "options": row.recipe.describe(), "bits": row.bits, "seed": seed,
+        "bits_per_weight": sum(bits for bits, *_ in made.values()) / elements,
+        "heldout": sum(heldout for _, _, heldout, _ in made.values()) / len(made),
+        "predicted_nats": sum(nats for _, nats, *_ in made.values()),
+        **evaluate(model, windows, reference=dense).to_json(),
+    }  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All rows that the file lacks, seed by seed."""
+    end = time.monotonic() + arguments.seconds
+    device = torch.device(arguments.device)
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+    weights: dict[str, Tensor] = {n: weight_of(m).detach().clone() for n, m in select_layers(model).items()}
+    dense = model.to(device)
+    whole = list(token_windows(tokenizer, read_text(arguments.text), 512))
+    count = min(arguments.windows, len(whole))
+    windows = [whole[i * len(whole) // count] for i in range(count)]
+    found = _read(arguments.out)
+    found |= {"machine": machine(), "dense": evaluate(dense, windows).to_json()}
+    chosen = list(rows(arguments.widths, arguments.only))
+    for seed in arguments.seeds:
+        have = {(each["options"], each["bits"], each["seed"]) for each in found["rows"]}
+        todo = [i for i, row in enumerate(chosen) if (row.recipe.describe(), row.bits, seed) not in have]
+        if not todo or time.monotonic() > end:
+            continue
+        _WORK.update(weights=weights, rows=chosen, stats=_statistics(arguments, dense, tokenizer, seed, device))
+        for number, made in decomposed(todo, arguments.jobs):
+            found["rows"].append(scored(chosen[number], seed, made, dense, windows))
+            _write(arguments.out, found)
+            print(_line(found["rows"][-1]), flush=True)
+            if time.monotonic() > end:
+                break
+
+
+def _statistics(
+    arguments: argparse.Namespace, dense: nn.Module, tokenizer: Any, seed: int, device: torch.device,  # noqa: ANN401
+) -> dict[str, LayerStats]:  # fmt: skip
+    text = read_text(arguments.calib)
+    batches = calibration_batches(tokenizer, text, context=512, sequences=arguments.sequences, seed=seed)
+    return on_cpu(calibrate(dense, [batch.to(device) for batch in batches], seed=seed))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {"rows": []}
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return (
+        "{recipe:<22} int{bits} seed {seed}  {bits_per_weight:6.3f} b  held {heldout:.4f}  nats {predicted_nats:.4f}  "
+        "KL {kl:.4f}±{kl_error:.4f}  Δloss {delta_nats:+.4f}±{delta_nats_error:.4f}  ppl {perplexity:.3f}"
+    ).format(**row)
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a Markdown table: mean over seeds, ± their standard deviation, by bits and KL."""
+    yield "| recipe | seeds | bits/weight | held-out error | predicted nats | KL | Δloss |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in found["rows"]:
+        groups.setdefault((row["bits"], row["recipe"]), []).append(row)
+
+    def spread(rows: list[Mapping[str, Any]], key: str) -> str:
+        values = [row[key] for row in rows]
+        return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+    for (bits, name), each in sorted(groups.items(), key=lambda g: (g[0][0], statistics.mean(r["kl"] for r in g[1]))):
+        figures = " | ".join(spread(each, key) for key in ("heldout", "predicted_nats", "kl", "delta_nats"))
+        stored = statistics.mean(row["bits_per_weight"] for row in each)
+        yield f"| `{name}` {bits} bits | {len(each)} | {stored:.3f} | {figures} |"
+
+
+def main() -> None:
+    """Parse the arguments; run, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--calib", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=48, help="of 512 tokens, evenly spread over the text")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and labels")
+    parser.add_argument("--only", default="", help="pattern of recipe names")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("results/recipes.json"))
+    parser.add_argument("--table", action="store_true", help="print the table of --out")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print("\n".join(table(_read(arguments.out))))
+    else:
+        run(arguments)
+
+
+if __name__ == "__main__":
+    main()
