@@ -42,7 +42,7 @@ _BASES = (
     "gptq_refined", "awq_gptq", "awq", "lwc", "hqq", "autoround",
 )  # fmt: skip
 _FACTORED = (
-    "eora", "qera", "qlr_fisher", "qlr_shared", "caldera", "qlr_alternating", "loftq", "svdquant", "qlr_gated",
+    "eora", "serq", "qera", "qlr_fisher", "qlr_shared", "caldera", "qlr_alternating", "loftq", "svdquant", "qlr_gated",
     "lqer", "lorc",
 )  # fmt: skip
 _WHOLE = ("odlri", "srr")  # take an integer rank

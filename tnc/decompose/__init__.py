@@ -10,6 +10,7 @@ from tnc.decompose.mpo_stage import MpoStage
 from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe
 from tnc.decompose.report import LayerReport, measure
 from tnc.decompose.scaling import AwqScaling, Smoothing
+from tnc.decompose.selected import SelectedStage
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
 from tnc.decompose.stages import DenseStage, Fitted, GivenStage, LowRankStage, QuantizeStage, Stage, Target
 from tnc.decompose.transforms import (
@@ -24,7 +25,7 @@ from tnc.decompose.transforms import (
 __all__ = [
     "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "DenseTarget", "FactorFormats", "Fitted",
     "Gate", "GivenStage", "InputPermutation", "InputRotation", "LayerReport", "LowRankStage", "MpoStage",
-    "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry", "RelativeError", "Size",
-    "Smoothing", "Stage", "Target", "Transform", "Transformed", "compensate", "decompose", "measure",
-    "quantize_factors", "recipe", "register_recipe", "truncated_svd",
+    "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry", "RelativeError",
+    "SelectedStage", "Size", "Smoothing", "Stage", "Target", "Transform", "Transformed", "compensate", "decompose",
+    "measure", "quantize_factors", "recipe", "register_recipe", "truncated_svd",
 ]  # fmt: skip

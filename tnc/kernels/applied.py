@@ -15,6 +15,7 @@ from tnc.terms import Expression, Spec, from_spec
 _ROW_FLOPS: dict[str, Callable[[Spec], float]] = {
     "hadamard": lambda spec: transform_flops(spec["shape"][0], spec["factors"]) + spec["shape"][0],
     "permutation": lambda spec: spec["shape"][0],
+    "selection": lambda spec: spec["shape"][0],
 }
 
 

@@ -13,12 +13,13 @@ from tnc.terms.monarch import Monarch
 from tnc.terms.mpo import Mpo
 from tnc.terms.permutation import Permutation
 from tnc.terms.quantized import Quantized
+from tnc.terms.selection import Selection
 from tnc.terms.sparse import Sparse
 from tnc.terms.tensor_ring import TensorRing
 from tnc.terms.tucker import Tucker
 
 __all__ = [
     "Blast", "BlockLowRank", "Cp", "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Monarch", "Mpo",
-    "Permutation", "Product", "Quantized", "Sparse", "Spec", "Sum", "TensorRing", "Tucker", "cast", "dense64",
-    "from_spec", "kinds", "map_tensors", "register",
+    "Permutation", "Product", "Quantized", "Selection", "Sparse", "Spec", "Sum", "TensorRing", "Tucker", "cast",
+    "dense64", "from_spec", "kinds", "map_tensors", "register",
 ]  # fmt: skip

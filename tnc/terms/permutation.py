@@ -46,7 +46,7 @@ class Permutation(Expression):
                 f"Permutation.of got indices of shape {tuple(indices.shape)} that are no permutation; expected each "
                 "of 0 .. features - 1 once, as from torch.argsort."
             )
-        return cls(indices.to(_narrowest(size)))
+        return cls(indices.to(narrowest(size)))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,5 +79,6 @@ class Permutation(Expression):
         return cls(tensors["indices"])
 
 
-def _narrowest(size: int) -> torch.dtype:
+def narrowest(size: int) -> torch.dtype:
+    """The smallest integer dtype that holds indices below ``size``."""
     return next(d for d in (torch.uint8, torch.int16, torch.int32, torch.int64) if size - 1 <= torch.iinfo(d).max)

@@ -29,6 +29,7 @@ from tnc.terms import (
     Permutation,
     Product,
     Quantized,
+    Selection,
     Sparse,
     Sum,
     TensorRing,
@@ -146,6 +147,11 @@ def _permutation(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     return Permutation.of(torch.randperm(shape[0], generator=generator))
 
 
+def _selection(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    return Selection.of(torch.randint(shape[1], shape[:1], generator=generator), shape[1])
+
+
 def _blocks(draw: st.DrawFn, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Numbers of blocks and sizes of a block, (out, in)."""
     counts = tuple(draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0])) for size in shape)
@@ -207,6 +213,7 @@ _LEAVES: dict[str, Leaf] = {
     "sparse": _sparse,
     "hadamard": _hadamard,
     "permutation": _permutation,
+    "selection": _selection,
     "block_low_rank": _block_low_rank,
     "monarch": partial(_block_low_rank, cls=Monarch),
     "blast": _blast,

@@ -8,6 +8,7 @@ from typing import Any
 
 from tnc.decompose.gate import Gate
 from tnc.decompose.recipes import Recipe, RecipeEntry, base_format, factor_format_of, register_recipe
+from tnc.decompose.selected import SelectedStage
 from tnc.decompose.sizes import Rank, Size
 from tnc.decompose.stages import LowRankStage, QuantizeStage
 from tnc.errors import RecipeError
@@ -68,6 +69,14 @@ def _whole(rank: Size, name: str) -> int:
     return value
 
 
+def _serq(
+    *, rank: Size, factor_bits: int | None = None, factor_format: NumberFormat | str | None = None,
+    **base: Any,  # noqa: ANN401
+) -> Recipe:  # fmt: skip
+    factor = factor_format_of(factor_bits=factor_bits, factor_format=factor_format)
+    return Recipe("", (QuantizeStage(base_format(**base)), SelectedStage(rank, factor)))
+
+
 _OPTIONS = ("bits", "group_size", "symmetric", "format", "rank", "factor_bits", "factor_format", "sweeps")
 
 for _name, _summary, _source, _make in (
@@ -88,3 +97,10 @@ for _name, _summary, _source, _make in (
      "MATH.md section 1; QERA, arXiv:2410.06040", _gated),
 ):  # fmt: skip
     register_recipe(_name, RecipeEntry(_summary, _source, _OPTIONS, partial(_build, _make)))
+register_recipe(
+    "serq",
+    RecipeEntry(
+        "GPTQ + one factor on the inputs that matter most, their columns refitted in G ⊗ H (weights only; inputs "
+        "chosen by the error, no flattening of activations)", "arXiv:2603.08185", _OPTIONS[:-1], _serq,
+    ),
+)  # fmt: skip
