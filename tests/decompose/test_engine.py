@@ -23,13 +23,14 @@ from tnc.decompose import (
     DenseStage,
     LowRankStage,
     QuantizeStage,
+    Rank,
     RelativeError,
     Target,
     decompose,
     measure,
 )  # fmt: skip
 from tnc.decompose.certificate import lower_bound
-from tnc.errors import NonFiniteError, RecipeError, ShapeError, StatsError
+from tnc.errors import NonFiniteError, RankError, RecipeError, ShapeError, StatsError
 from tnc.formats import IntFormat
 from tnc.metric import Metric
 from tnc.stats import LayerStats
@@ -50,7 +51,7 @@ def test_report_is_what_brute_force_finds(problem, data, dtype, method, heldout)
     weight, stats = problem.weight.to(dtype), problem.stats(heldout=heldout)
     rank = data.draw(st.integers(0, problem.limit))
     base = [] if method == "none" else [QuantizeStage(IntFormat(3), method=method)]
-    result = decompose(weight, [*base, LowRankStage(rank, metric=Metric.full)], stats)
+    result = decompose(weight, [*base, LowRankStage(Rank(rank, forced=True), metric=Metric.full)], stats)
     report, operator = result.report, result.operator
     error, n = weight.double() - dense64(operator), weight.shape[1]
     if (
@@ -108,7 +109,9 @@ def test_lower_bound_is_the_tail_for_the_base_and_never_above_the_error(problem,
 def test_the_bound_of_an_exact_factorization_is_zero(rank):
     g = generator(rank)
     weight = gaussian(8, 2, g) @ gaussian(2, 9, g)
-    report = decompose(weight, [LowRankStage(rank)], LayerStats.from_hessian(torch.eye(9), tokens=3)).report
+    report = decompose(
+        weight, [LowRankStage(Rank(rank, forced=True))], LayerStats.from_hessian(torch.eye(9), tokens=3)
+    ).report
     assert report.lower_bound == 0
     assert report.relative_error < 1e-12
 
@@ -284,3 +287,17 @@ def test_bad_input():
         decompose(weight, [QuantizeStage(IntFormat(3))])
     with pytest.raises(RecipeError, match=r"method='magic' is unknown; expected one of .*gptq"):
         QuantizeStage(IntFormat(3), method="magic")
+
+
+@pytest.mark.parametrize(("shape", "limit"), [((8, 9), 4), ((1, 9), 0), ((5, 5), 2), ((3, 2000), 2)])
+def test_a_rank_that_stores_more_than_the_matrix_is_refused_unless_forced(shape, limit):
+    weight = gaussian(*shape, generator(0))
+    assert decompose(weight, [LowRankStage(limit)]).report.rank == limit
+    message = (
+        rf"rank={limit + 1}\) is above the useful limit mn/\(m\+n\) = {limit} of a weight .*Use a rank <= {limit}, or"
+    )
+    with pytest.raises(RankError, match=message):
+        decompose(weight, [LowRankStage(limit + 1)])
+    assert decompose(weight, [LowRankStage(Rank(limit + 1, forced=True))]).report.rank == limit + 1
+    with pytest.raises(RankError, match=r"is outside 0 <= rank <= min\(weight.shape\)"):
+        decompose(weight, [LowRankStage(min(shape) + 1)])

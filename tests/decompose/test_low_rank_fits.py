@@ -116,7 +116,7 @@ def test_bits_per_weight_is_never_exceeded_and_used_up(m, n, value, dtype):
 def test_reported_bits_per_weight_buy_the_same_rank_again(m, n, data):
     rank = data.draw(st.integers(1, min(m, n)))
     weight = torch.ones(m, n, dtype=torch.bfloat16)
-    used = decompose(weight, [LowRankStage(rank)]).report.bits_per_weight
+    used = decompose(weight, [LowRankStage(Rank(rank, forced=True))]).report.bits_per_weight
     assert truncated_svd(weight, BitsPerWeight(used)).rank == rank
 
 

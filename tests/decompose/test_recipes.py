@@ -90,7 +90,7 @@ def test_rank_zero_is_the_base_and_names_are_normalised():
     built = recipe(" SVD-LLM ", rank=Rank(3))
     assert built.name == "svd_llm"
     assert built.stages == (LowRankStage(Rank(3), metric=Metric.full),)
-    assert built.describe() == "svd_llm(rank=Rank(value=3))"
+    assert built.describe() == "svd_llm(rank=Rank(value=3, forced=False))"
     symmetric = recipe("rtn", bits=4, symmetric=True)
     assert symmetric.stages == (QuantizeStage(IntFormat(4, None, True), method="rtn"),)
     assert recipe("rtn", bits=4).stages[0].format == IntFormat(4)

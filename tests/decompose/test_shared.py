@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies_matrices import gaussian, generator, oracle_sigma, psd
 
-from tnc.decompose import BitsPerWeight, Gate, LowRankStage, QuantizeStage, RelativeError, decompose
+from tnc.decompose import BitsPerWeight, Gate, LowRankStage, QuantizeStage, Rank, RelativeError, decompose
 from tnc.decompose.shared import decompose_shared
 from tnc.errors import RankError, RecipeError
 from tnc.formats import IntFormat
@@ -46,7 +46,7 @@ def test_error_is_the_tail_of_the_stacked_problem(seed, rank, fisher):
     assert squared_error(weights, stats, found) == pytest.approx(float(tail.square().sum()), rel=1e-6)
     rights = {each.operator.right.data_ptr() for each in found}
     assert len(rights) == 1 or rank == 0
-    apart = [decompose(w, [LowRankStage(rank)], s) for w, s in zip(weights, stats, strict=True)]
+    apart = [decompose(w, [LowRankStage(Rank(rank, forced=True))], s) for w, s in zip(weights, stats, strict=True)]
     assert squared_error(weights, stats, found) >= squared_error(weights, stats, apart) * (1 - 1e-9)
 
 

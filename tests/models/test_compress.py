@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tnc
-from tnc.errors import FormatError, NonFiniteError, StatsError
+from tnc.errors import FormatError, NonFiniteError, RankError, StatsError
 from tnc.models.layers import select_layers, weight_of
 
 transformers = pytest.importorskip("transformers")
@@ -131,11 +131,25 @@ def test_inplace_changes_the_model_itself():
 
 def test_forms_that_would_grow_stay_dense_and_say_so(calibrated):
     model, stats = calibrated
-    small = tnc.compress(model, tnc.recipe("svd", rank=16), stats=stats, include=["*k_proj"])
-    report = tnc.ModelReport.of(small)
-    assert all("kept dense" in layer["fallbacks"][0] for layer in report.layers.values())
-    assert report.bits_per_weight == 32
-    assert report.relative_error == 0
+    small = tnc.compress(model, tnc.recipe("svd", rank=16), stats=stats, include=["*k_proj", "*q_proj"])
+    layers = tnc.ModelReport.of(small).layers  # useful limits: 10 and 16
+    for name, layer in layers.items():
+        kept = name.endswith("k_proj")
+        assert layer["rank"] == (None if kept else 16) and bool(layer["fallbacks"]) == kept
+        if kept:
+            assert layer["fallbacks"][0] == "rank 16 is above the useful limit mn/(m+n) = 10 of this layer"
+            assert "kept dense" in layer["fallbacks"][1]
+            assert layer["bits_per_weight"] == 32 and layer["relative_error"] == 0
+
+
+def test_a_rank_that_no_layer_can_use_is_refused_unless_forced(calibrated):
+    model, stats = calibrated
+    with pytest.raises(RankError, match=r"recipe 'svd'\(rank=16\) is above the useful limit mn/\(m\+n\) = 10"):
+        tnc.compress(model, tnc.recipe("svd", rank=16), stats=stats, include=["*k_proj"])
+    forced = tnc.recipe("svd", rank=tnc.Rank(16, forced=True))
+    report = tnc.ModelReport.of(tnc.compress(model, forced, stats=stats, include=["*k_proj"]))
+    assert all(layer["rank"] == 16 and not layer["fallbacks"] for layer in report.layers.values())
+    assert report.bits_per_weight == 48
 
 
 def test_factors_take_the_dtype_asked_for(calibrated):

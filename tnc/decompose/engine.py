@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tnc.decompose.report import LayerReport, measure
-from tnc.decompose.stages import Fitted, QuantizeStage, Stage, Target
+from tnc.decompose.sizes import check_useful
+from tnc.decompose.stages import Fitted, LowRankStage, QuantizeStage, Stage, Target
 from tnc.decompose.transforms import Transform, Transformed, apply_transforms
 from tnc.errors import RecipeError, check_matrix
 from tnc.metric import Metric
@@ -55,11 +56,15 @@ def decompose(
 
     Raises:
         RecipeError: without stages or with ``sweeps < 1``.
+        RankError: also for a low-rank stage whose rank is above mn/(m+n), unless it is a `Rank` that is forced.
         NonFiniteError, ShapeError, StatsError, RankError, FormatError, BudgetError: as the stages say.
     """
     check_matrix(weight, "weight")
     if not stages or sweeps < 1:
         raise RecipeError(f"decompose got {len(stages)} stages and sweeps={sweeps}; expected at least one of each.")
+    for stage in stages:
+        if isinstance(stage, LowRankStage):
+            check_useful(stage.rank, (weight.shape[0], weight.shape[1]), "LowRankStage")
     if stats is not None:
         stats.check_weight(weight)
     start = time.perf_counter()

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from tnc.errors import BudgetError, check_rank
+from tnc.errors import BudgetError, RankError, check_rank
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Exactly ``value`` columns; checked against ``min(weight.shape)`` where it is used."""
+    """Exactly ``value`` columns; checked against ``min(weight.shape)`` where it is used.
+
+    Attributes:
+        value: of the rank.
+        forced: allow ranks above `useful_rank`, whose factors have more entries than the matrix.
+    """
 
     value: int
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,30 @@ Size = int | Rank | RelativeError | BitsPerWeight
 def fixed_rank(size: int | Rank, shape: tuple[int, int], caller: str) -> int:
     """The rank of a plain size, checked against the shape."""
     return check_rank(size.value if isinstance(size, Rank) else size, shape, caller)
+
+
+def useful_rank(shape: tuple[int, int]) -> int:
+    """``mn / (m + n)``, rounded down: above it two factors have more entries than the matrix itself."""
+    return shape[0] * shape[1] // max(sum(shape), 1)
+
+
+def beyond_use(size: Size, shape: tuple[int, int]) -> int | None:
+    """The rank, where it is a plain one above `useful_rank` that nobody forced; else ``None``."""
+    if not isinstance(size, int | Rank) or (isinstance(size, Rank) and size.forced):
+        return None
+    value = size.value if isinstance(size, Rank) else size
+    return value if value > useful_rank(shape) else None
+
+
+def check_useful(size: Size, shape: tuple[int, int], caller: str) -> None:
+    """Raise `RankError` for a rank above `useful_rank` that is not forced."""
+    rank = beyond_use(size, shape)
+    if rank is not None and rank <= min(shape):  # larger ones have an error of their own
+        raise RankError(
+            f"{caller}(rank={rank}) is above the useful limit mn/(m+n) = {useful_rank(shape)} of a weight {shape}: its "
+            f"factors have more entries than the matrix. Use a rank <= {useful_rank(shape)}, or tnc.Rank({rank}, "
+            "forced=True)."
+        )
 
 
 def rank_within_bits(
