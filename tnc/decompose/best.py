@@ -18,7 +18,8 @@ def decompose_by(weight: Tensor, recipe: Recipe, stats: LayerStats | None) -> De
     """Factor ``weight`` as a recipe says; of its candidates, if it has any, the best within its bits.
 
     Best is the least predicted nats on held-out tokens, the least held-out error where there are no gradients, the
-    least error where there are no held-out tokens. The report's ``choices`` name the winner and all others with
+    least error where there are no held-out tokens. Earlier candidates are preferred: a later one must undercut the best
+    so far by more than ``recipe.margin``, since the least of many uncertain prices is the luckiest. The report's ``choices`` name the winner and all others with
     their price, and its ``seconds`` are those of all candidates.
 
     Raises:
@@ -42,8 +43,10 @@ def decompose_by(weight: Tensor, recipe: Recipe, stats: LayerStats | None) -> De
             f"none of {len(recipe.candidates)} candidates of recipe {recipe.name!r} fits weight {tuple(weight.shape)} "
             f"within {recipe.limit}; ask for more bits. {' '.join(refused[:1])}"
         )
-    found.sort(key=lambda each: price(each[1].report))
     name, best = found[0]
+    for other, each in found[1:]:
+        if price(each.report) < (1 - recipe.margin) * price(best.report):
+            name, best = other, each
     choices = (*best.report.choices, f"best of {len(found)}: {name}", _tally(found))
     seconds = sum(each.report.seconds for _, each in found)
     return replace(best, report=replace(best.report, seconds=seconds, choices=choices))

@@ -33,6 +33,7 @@ class Recipe:
             (`tnc.decompose.shared`); ``rank`` is then that of the group.
         candidates: recipes that each layer tries in the place of stages of its own (`tnc.decompose.best`).
         limit: stored bits that a candidate may take.
+        margin: share by which a candidate must undercut those before it to take their place.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Recipe:
     shared_inputs: bool = False
     candidates: tuple[Recipe, ...] = ()
     limit: BitsPerWeight | None = None
+    margin: float = 0.0
 
     def describe(self) -> str:
         """Name and arguments on one line."""

@@ -217,7 +217,9 @@ def _finished(
     """The decomposed layer: from the journal if it is there, else computed and recorded."""
     if journal is None:
         return _decomposed(weight, recipe, stats, dtype)
-    fitted_by = repr((recipe.stages, recipe.sweeps, recipe.transforms, recipe.candidates, recipe.limit, dtype))
+    fitted_by = repr(
+        (recipe.stages, recipe.sweeps, recipe.transforms, recipe.candidates, recipe.limit, recipe.margin, dtype)
+    )
     given = [t for s in recipe.stages if isinstance(s, GivenStage) for t in s.term.tensors().values()]
     key = digest([version("tnc"), fitted_by, weight, *_moments(stats), *given])
     record = journal.find(key)

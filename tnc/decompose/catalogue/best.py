@@ -9,12 +9,15 @@ from tnc.decompose.sizes import BitsPerWeight, Size
 from tnc.decompose.stages import LowRankStage, QuantizeStage
 from tnc.decompose.transforms import InputRotation, OutputRotation, Transform
 from tnc.errors import RecipeError
-from tnc.formats import SUPPORTED_BITS, IntFormat
+from tnc.formats import SUPPORTED_BITS, IntFormat, TrellisFormat
 
 _GROUPS: tuple[int | None, ...] = (32, 64, 128, None)  # finest first: the first that fits the bits is taken
 _FACTORS = IntFormat(4)
 _SWEEPS = 3  # of refinement
 _ROTATED: tuple[Transform, ...] = (InputRotation(), OutputRotation())
+_TRELLIS = (2, 3, 4)
+_ROOM = 0.2  # bits a weight from which factors beside a trellis are tried
+_MARGIN = 0.03  # of the predicted nats: choices within it made tnc-llama-27m no better (docs/recipes.md)
 _SIGNS = 0.02  # bits a weight that the signs of two rotations may take; what is too much fails the limit
 
 
@@ -29,11 +32,21 @@ def _fitting(limit: float, bits: int) -> list[int | None]:
 
 
 def _candidates(limit: BitsPerWeight) -> Iterator[Recipe]:
-    """The widest base that fits, and both it and the next with 4-bit factors in what is left, rotated and not."""
+    """In order of preference: the widest trellis that fits, integers of that width and the next, rotated and not.
+
+    Each also with 4-bit factors in what is left.
+    """
     widths = [bits for bits in SUPPORTED_BITS if _fitting(limit.value, bits)]
     if not widths:
         raise RecipeError(f"best_at_bits({limit}) is below every base; ask for more than {min(SUPPORTED_BITS)} bits.")
-    for transforms, prefix in (((), ""), (_ROTATED, "rotated ")):
+    if widths[-1] in _TRELLIS and widths[-1] + _SIGNS < limit.value:
+        coded = QuantizeStage(TrellisFormat(widths[-1], path="diagonal"), method="yaqa")
+        factors = LowRankStage(limit, factor_format=_FACTORS)
+        name = f"rotated trellis{widths[-1]}"
+        if limit.value - widths[-1] > _ROOM:
+            yield Recipe(f"{name} + L×R", (coded, factors), transforms=_ROTATED)
+        yield Recipe(name, (coded,), transforms=_ROTATED)
+    for transforms, prefix in ((_ROTATED, "rotated "), ((), "")):
         groups = {bits: _fitting(limit.value - (_SIGNS if transforms else 0.0), bits) for bits in widths[-2:]}
         for group in groups[widths[-1]][:1]:
             yield _quantized(f"{prefix}int{widths[-1]} {_named(group)}", widths[-1], group, transforms)
@@ -63,13 +76,13 @@ def _compensated(
 def _best(*, rank: Size) -> Recipe:
     if not isinstance(rank, BitsPerWeight):
         raise RecipeError(f"best_at_bits(rank={rank!r}) needs BitsPerWeight(b): the bits of every layer.")
-    return Recipe("", (), candidates=tuple(_candidates(rank)), limit=rank)
+    return Recipe("", (), candidates=tuple(_candidates(rank)), limit=rank, margin=_MARGIN)
 
 
 register_recipe(
     "best_at_bits",
     RecipeEntry(
-        "two-sided rounding with refinement, rotated or not, with 4-bit factors or not: what held-out tokens prefer",
-        "arXiv:2505.22988, arXiv:2402.04396, arXiv:2405.18886; MATH.md section 0", ("rank",), _best,
+        "two-sided rounding on a rotated trellis or integers, with 4-bit factors or not: what held-out tokens prefer",
+        "arXiv:2505.22988, arXiv:2406.11235, arXiv:2405.18886; MATH.md section 0", ("rank",), _best,
     ),
 )  # fmt: skip
