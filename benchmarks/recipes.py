@@ -18,7 +18,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,18 @@ from torch import Tensor, nn
 
 from benchmarks.portfolio import on_cpu
 from benchmarks.run import machine
-from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, recipe
+from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, compress, recipe
+from tnc.decompose import measure
 from tnc.decompose.best import decompose_by
 from tnc.decompose.shared import decompose_shared
 from tnc.errors import TNCError
 from tnc.models.evaluate import evaluate
 from tnc.models.hf import load_model, load_tokenizer
 from tnc.models.layers import select_layers, weight_of
+from tnc.models.round_blocks import round_blocks
 from tnc.models.sharing import sharing_groups
 from tnc.models.text import calibration_batches, read_text, token_windows
+from tnc.terms import map_tensors
 
 _BASES = (
     "gptq", "yaqa_rotated_refined", "rtn", "yaqa_refined", "yaqa_rotated", "quip", "yaqa", "gptq_rotated",
@@ -177,6 +180,14 @@ def run(arguments: argparse.Namespace) -> None:
             print(_line(found["rows"][-1]), flush=True)
             if time.monotonic() > end:
                 break
+        for row in chosen if arguments.blocks else ():
+            learnt = Row(row.bits, replace(row.recipe, name=f"{row.recipe.name}_blocks"))
+            if row.recipe.name != "gptq" or (learnt.recipe.describe(), row.bits, seed) in have:
+                continue
+            if time.monotonic() < end:
+                found["rows"].append(_rounded_by_blocks(arguments, learnt, seed, dense, windows))
+                _write(arguments.out, found)
+                print(_line(found["rows"][-1]), flush=True)
 
 
 def _statistics(
@@ -185,6 +196,31 @@ def _statistics(
     text = read_text(arguments.calib)
     batches = calibration_batches(tokenizer, text, context=512, sequences=arguments.sequences, seed=seed)
     return on_cpu(calibrate(dense, [batch.to(device) for batch in batches], seed=seed))
+
+
+def _rounded_by_blocks(
+    arguments: argparse.Namespace, row: Row, seed: int, dense: nn.Module, windows: list[Tensor]
+) -> dict[str, Any]:
+    """A row whose codes are then learnt against the outputs of blocks, on the device of ``dense``."""
+    device = next(dense.parameters()).device
+    plain = copy.deepcopy(dense).cpu()
+    small = compress(plain, row.recipe, stats=_WORK["stats"]).to(device)
+    batches = calibration_batches(
+        load_tokenizer(arguments.model),
+        read_text(arguments.calib),
+        context=512,
+        sequences=arguments.sequences,
+        seed=seed,
+    )
+    round_blocks(small, [batch.to(device) for batch in batches], teacher=dense, steps=arguments.blocks, seed=seed)
+    made = {}
+    for name in _WORK["weights"]:
+        operator = small.get_submodule(name).operator
+        matrix = operator.to_dense().float().cpu()
+        report = measure(_WORK["weights"][name], map_tensors(operator, lambda t: t.cpu()), _WORK["stats"][name])
+        heldout, nats = float(report.heldout_relative_error or 0), float(report.predicted_nats or 0)
+        made[name] = report.storage_bits, nats, heldout, matrix
+    return scored(row, seed, made, dense, windows)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -232,6 +268,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and labels")
     parser.add_argument("--only", default="", help="pattern of recipe names")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="steps of rounding GPTQ's codes against their blocks, too"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -18,9 +18,9 @@ def decompose_by(weight: Tensor, recipe: Recipe, stats: LayerStats | None) -> De
     """Factor ``weight`` as a recipe says; of its candidates, if it has any, the best within its bits.
 
     Best is the least predicted nats on held-out tokens, the least held-out error where there are no gradients, the
-    least error where there are no held-out tokens. Earlier candidates are preferred: a later one must undercut the best
-    so far by more than ``recipe.margin``, since the least of many uncertain prices is the luckiest. The report's ``choices`` name the winner and all others with
-    their price, and its ``seconds`` are those of all candidates.
+    least error where there are no held-out tokens. Earlier candidates are preferred: a later one must undercut the
+    best so far by more than ``recipe.margin``, since the least of many uncertain prices is the luckiest. The report's
+    ``choices`` name the winner and all others with their price, and its ``seconds`` are those of all candidates.
 
     Raises:
         BudgetError: if no candidate fits the layer within the bits.

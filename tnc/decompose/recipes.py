@@ -33,6 +33,7 @@ class Recipe:
             (`tnc.decompose.shared`); ``rank`` is then that of the group.
         candidates: recipes that each layer tries in the place of stages of its own (`tnc.decompose.best`).
         limit: stored bits that a candidate may take.
+        block_steps: steps of learning codes against the outputs of blocks (`tnc.models.round_blocks`) at the end.
         margin: share by which a candidate must undercut those before it to take their place.
     """
 
@@ -46,6 +47,7 @@ class Recipe:
     candidates: tuple[Recipe, ...] = ()
     limit: BitsPerWeight | None = None
     margin: float = 0.0
+    block_steps: int = 0
 
     def describe(self) -> str:
         """Name and arguments on one line."""

@@ -104,10 +104,7 @@ class BlockWalk:
 
     def run(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
         """Output of block ``index``: hidden states for the next one, logits where the model is one block."""
-        block, hidden = self._modules[index], hidden.clone()  # a block may add to its input in place
-        if call.keyword is None:
-            return _first_tensor(block(hidden, *call.args, **call.kwargs))
-        return _first_tensor(block(*call.args, **{call.keyword: hidden}, **call.kwargs))
+        return run_block(self._modules[index], hidden, call)
 
     def tail(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits (sequences, tokens, vocabulary) from the output of the last block: final norm and head."""
@@ -165,6 +162,14 @@ class BlockWalk:
             _same((call.args, call.kwargs), (other.args, other.kwargs))
             for (_, call, _), other in zip(seen, bypassed, strict=True)
         )
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """Output of a block for these hidden states, called as the model calls it."""
+    hidden = hidden.clone()  # a block may add to its input in place
+    if call.keyword is None:
+        return _first_tensor(block(hidden, *call.args, **call.kwargs))
+    return _first_tensor(block(*call.args, **{call.keyword: hidden}, **call.kwargs))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
 from tnc.models.layers import select_layers, weight_of
+from tnc.models.round_blocks import not_rounded, round_blocks
 from tnc.models.sharing import sharing_groups
 from tnc.modules import FactoredLinear
 from tnc.planning import PooledLayer, pooled_ranks
@@ -104,6 +105,9 @@ def compress(
             "sequential=True calibrates each block behind the compressed ones, so it takes batches and a recipe "
             "that is not pooled; leave out stats, or sequential."
         )
+    steps = recipe.block_steps if isinstance(recipe, Recipe) else 0
+    teacher = copy.deepcopy(model) if inplace and steps else model
+    batches = list(batches) if steps and batches is not None else batches
     target = model if inplace else copy.deepcopy(model)
     layers = select_layers(target, include, exclude)
     if bases is not None:
@@ -142,8 +146,23 @@ def compress(
                 if progress is not None:
                     progress("compress", done, len(layers))
             share_tensors([target.get_submodule(n) for n in names], [each.operator for each in found])  # type: ignore[misc]
+    if steps:
+        _round_blocks(target, batches, teacher, stats, steps, seed, progress)
     target.tnc_recipe = recipe.describe()  # type: ignore[assignment]
     return target
+
+
+def _round_blocks(
+    model: nn.Module, batches: Iterable[Batch] | None, teacher: nn.Module, stats: Mapping[str, LayerStats] | None,
+    steps: int, seed: int, progress: Progress | None,
+) -> None:  # fmt: skip
+    """Codes learnt against the blocks' outputs, or a note in every report that there was no text for it."""
+    if batches is not None:
+        round_blocks(model, batches, teacher=teacher, stats=stats, steps=steps, seed=seed, progress=progress)
+        return
+    for module in model.modules():
+        if isinstance(module, FactoredLinear) and module.report is not None:
+            module.report = not_rounded(module.report)
 
 
 def _aims_at_dense(recipe: Recipe | Chooser) -> bool:

@@ -65,7 +65,7 @@ def autoround(
     """
     stats = needed(stats, "autoround")
     first = _start(weight, stats, format, start, clip_ratios)
-    schedule = _Schedule.of("autoround", steps, rate)
+    schedule = Schedule.of("autoround", steps, rate)
     term = _learn(weight, first.term, Metric.auto(stats), schedule, rounding=True, progress=progress)
     return replace(first, term=term)
 
@@ -89,7 +89,7 @@ def learned_clipping(
     """
     stats = needed(stats, "learned_clipping")
     first = _start(weight, stats, format, "rtn", clip_ratios)
-    schedule = _Schedule.of("learned_clipping", steps, rate)
+    schedule = Schedule.of("learned_clipping", steps, rate)
     term = _learn(weight, first.term, Metric.auto(stats), schedule, rounding=False, progress=progress)
     return replace(first, term=term)
 
@@ -102,29 +102,31 @@ def _start(
 
 
 @dataclass(frozen=True)
-class _Schedule:
+class Schedule:
     """Number of steps and the rate of the first; later ones fall linearly to 0."""
 
     steps: int
     rate: float
 
     @classmethod
-    def of(cls, name: str, steps: int, rate: float | None) -> _Schedule:
+    def of(cls, name: str, steps: int, rate: float | None) -> Schedule:
+        """Checked; a rate of ``None`` is ``1 / steps``."""
         rate = 1 / max(steps, 1) if rate is None else rate
         if steps < 0 or not rate > 0:
             raise FormatError(f"{name}(steps={steps}, rate={rate}) needs steps >= 0 and a rate above 0.")
         return cls(steps, rate)
 
     def at(self, step: int) -> float:
+        """Rate of a step."""
         return self.rate * (1 - step / self.steps)
 
 
 def _learn(
-    weight: Tensor, first: Quantized, metric: Metric, schedule: _Schedule, *, rounding: bool, progress: Progress | None
+    weight: Tensor, first: Quantized, metric: Metric, schedule: Schedule, *, rounding: bool, progress: Progress | None
 ) -> Quantized:
     """The best term, as stored, on the way."""
     reference, narrow = weight.double(), weight.float()
-    descent = _Descent.of(narrow, first)
+    descent = Descent.of(narrow, first)
     best, least = first, metric.squared_norm(reference - dense64(first))
     every = max(1, schedule.steps // _CHECKS)
     for step in range(schedule.steps):
@@ -140,8 +142,8 @@ def _learn(
 
 
 @dataclass
-class _Descent:
-    """What is learnt.
+class Descent:
+    """Rounding and scales of one weight as they are learnt, by a layer's loss (`autoround`) or a block's.
 
     Attributes:
         weight: (m, n) what the values should stand for.
@@ -162,7 +164,8 @@ class _Descent:
     layout: Layout
 
     @classmethod
-    def of(cls, weight: Tensor, first: Quantized) -> _Descent:
+    def of(cls, weight: Tensor, first: Quantized) -> Descent:
+        """From the codes of ``first``, which stand at V = 0, for a weight (m, n) float32."""
         grid = Grid.of(first)
         nearest = grid.dequantize(grid.quantize(weight))
         anchor = weight + (first.to_dense().float() - nearest)
@@ -174,23 +177,30 @@ class _Descent:
         return self.layout.spread(blocks)[:, : self.weight.shape[1]]
 
     def levels(self, grid: Grid) -> Levels:
+        """Levels of all entries on a grid."""
         index = torch.arange(self.weight.shape[1], device=self.weight.device)
         return grid.levels(torch.float32, index, len(self.weight))
 
-    def step(self, metric: Metric, rate: float, *, rounding: bool) -> None:
-        """One signed step against the gradient."""
+    def values(self) -> tuple[Tensor, Tensor]:
+        """What the weight stands for now (m, n), and where the rounding has a slope: not beyond the range."""
         ratio = self.spread(self.ratio)
-        scale = self.spread(self.fitted) * ratio
         place, target = self.levels(self.grid), self.anchor / ratio + self.shift * self.spread(self.fitted)
         chosen = place.values(place.nearest(target)) * ratio  # the fitted grid, stretched
-        inside = (chosen - target * ratio).abs() <= scale  # beyond the range the rounding has no slope
-        error = self.weight - chosen
-        pull = metric.times_gradient(metric.times_hessian(error))  # minus half the slope along the values
+        return chosen, (chosen - target * ratio).abs() <= self.spread(self.fitted) * ratio
+
+    def learn(self, chosen: Tensor, inside: Tensor, pull: Tensor, rate: float, *, rounding: bool = True) -> None:
+        """One signed step; ``pull`` (m, n) is against the gradient of the loss along the values, in any unit."""
         if rounding:
             self.shift.add_(torch.sign(pull) * inside, alpha=rate).clamp_(-0.5, 0.5)
         along = torch.where(inside, chosen - self.anchor, chosen)  # slope of the values in log(scale)
         self.ratio.mul_(1 + rate * torch.sign(self.layout.tiles(pull * along).sum(-1)))
         self.ratio.clamp_(_NARROWEST, _WIDEST)
+
+    def step(self, metric: Metric, rate: float, *, rounding: bool) -> None:
+        """One signed step against the gradient of the error in a metric."""
+        chosen, inside = self.values()
+        pull = metric.times_gradient(metric.times_hessian(self.weight - chosen))  # minus half the slope
+        self.learn(chosen, inside, pull, rate, rounding=rounding)
 
     def stored(self) -> Quantized:
         """The term as it would be stored now."""

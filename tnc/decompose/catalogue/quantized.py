@@ -17,10 +17,10 @@ _SWEEPS = 3  # of refinement: the next three bring another 1.5 % at int2 and int
 
 def _rounded(
     method: str, *, refine: int = 0, options: Mapping[str, Any] | None = None, transforms: tuple[Transform, ...] = (),
-    **base: Any,  # noqa: ANN401
+    block_steps: int = 0, **base: Any,  # noqa: ANN401
 ) -> Recipe:  # fmt: skip
     stage = QuantizeStage(base_format(**base), method=method, options=options or {}, refine=refine)
-    return Recipe("", (stage,), transforms=transforms)
+    return Recipe("", (stage,), transforms=transforms, block_steps=block_steps)
 
 
 for _name, _summary, _source, _build in (
@@ -39,6 +39,9 @@ for _name, _summary, _source, _build in (
     ("autoround", "rounding and scales learnt by signed gradients from GPTQ codes, 200 steps in G ⊗ H (a layer's "
      "loss, not a block's; zero points held)", "arXiv:2309.05516",
      partial(_rounded, "autoround", options={"start": "gptq"})),
+    ("autoround_blocks", "GPTQ codes and scales learnt by signed gradients against their block's output, 200 steps, "
+     "best kept; needs calibration batches (zero points held, one batch a step)", "arXiv:2309.05516",
+     partial(_rounded, "gptq", block_steps=200)),
     ("lwc", "ranges learnt by signed gradients after the clip search, OmniQuant's weight clipping without LET (scales "
      "only, a layer's loss)", "arXiv:2308.13137", partial(_rounded, "learned_clipping")),
     ("hqq", "data-free half-quadratic fit of zero points and scales (the paper's zero points are real numbers, its "
