@@ -42,7 +42,7 @@ from tnc.terms import map_tensors
 
 _BASES = (
     "gptq", "yaqa_rotated_refined", "rtn", "yaqa_refined", "yaqa_rotated", "quip", "yaqa", "gptq_rotated",
-    "gptq_refined", "awq_gptq", "awq", "lwc", "hqq", "autoround",
+    "gptq_refined", "awq_gptq", "awq", "lwc", "hqq", "autoround", "omniquant",
 )  # fmt: skip
 _FACTORED = (
     "eora", "serq", "qera", "qlr_fisher", "qlr_shared", "caldera", "qlr_alternating", "loftq", "svdquant", "qlr_gated",

@@ -5,6 +5,7 @@ from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.engine import Decomposition, decompose
 from tnc.decompose.factors import FactorFormats, quantize_factors
 from tnc.decompose.gate import Gate
+from tnc.decompose.learnt_scaling import LearntScaling
 from tnc.decompose.low_rank import compensate, truncated_svd
 from tnc.decompose.mpo_stage import MpoStage
 from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register_recipe
@@ -24,8 +25,8 @@ from tnc.decompose.transforms import (
 
 __all__ = [
     "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "DenseTarget", "FactorFormats", "Fitted",
-    "Gate", "GivenStage", "InputPermutation", "InputRotation", "LayerReport", "LowRankStage", "MpoStage",
-    "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry", "RelativeError",
-    "SelectedStage", "Size", "Smoothing", "Stage", "Target", "Transform", "Transformed", "compensate", "decompose",
-    "measure", "quantize_factors", "recipe", "register_recipe", "truncated_svd",
+    "Gate", "GivenStage", "InputPermutation", "InputRotation", "LayerReport", "LearntScaling", "LowRankStage",
+    "MpoStage", "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry",
+    "RelativeError", "SelectedStage", "Size", "Smoothing", "Stage", "Target", "Transform", "Transformed",
+    "compensate", "decompose", "measure", "quantize_factors", "recipe", "register_recipe", "truncated_svd",
 ]  # fmt: skip

@@ -86,13 +86,13 @@ class Smoothing:
         if stats is None:
             raise StatsError("Smoothing needs calibration statistics for its scales; pass stats=..., or leave it out.")
         largest = weight.double().abs().amax(0)
-        scale = _balanced(_magnitude(stats) ** self.alpha / _positive(largest) ** (1 - self.alpha))
+        scale = balanced(_magnitude(stats) ** self.alpha / _positive(largest) ** (1 - self.alpha))
         return replace(scale_inputs(weight, stats, scale), notes=_rms_note(stats))
 
 
 def awq_scale(stats: LayerStats, alpha: float) -> Tensor:
     """(n,) ``mean|x|^alpha``, divided by the geometric mean of its extremes; float64, at most 1e4 apart."""
-    return _balanced(_magnitude(stats) ** alpha)
+    return balanced(_magnitude(stats) ** alpha)
 
 
 def awq_error(weight: Tensor, stats: LayerStats, format: NumberFormat, scale: Tensor) -> float:
@@ -146,7 +146,7 @@ def _positive(values: Tensor) -> Tensor:
     return values.clamp_min(float(positive.min()) if len(positive) else 1.0)
 
 
-def _balanced(scale: Tensor) -> Tensor:
+def balanced(scale: Tensor) -> Tensor:
     """Divided by the geometric mean of its extremes, and clamped around 1."""
     centre = (scale.max() * scale.min()).sqrt()
     return (scale / centre).clamp(_RANGE**-0.5, _RANGE**0.5)

@@ -26,7 +26,7 @@ from tnc.models.sequences import Batch, SequenceBatch, read_sequences
 from tnc.modules import FactoredLinear
 from tnc.quant.learned import Descent, Schedule
 from tnc.stats import LayerStats
-from tnc.terms import Dense, Expression, Product, Quantized, Sum, dense64
+from tnc.terms import Dense, Expression, Product, Quantized, Sum, dense64, map_tensors
 
 Progress = Callable[[str, int, int], None]
 _CHECKS = 10  # times the codes as stored are measured on all held-out sequences of a block
@@ -214,7 +214,7 @@ def _learnable(model: nn.Module, teacher: nn.Module) -> dict[str, _Layer]:
             continue
         if name not in modules:
             raise ModelError(f"the teacher has no layer {name!r}; expected the dense model that was compressed.")
-        weight, operator = weight_of(modules[name]).detach(), module.operator
+        weight, operator = weight_of(modules[name]).detach(), map_tensors(module.operator, torch.detach)
         inner = peel(weight, operator, Metric())
         bases = [] if inner is None else [t for t in leaves(operator) if isinstance(t, Quantized)]
         if inner is None or len(bases) != 1 or isinstance(bases[0].format, TrellisFormat):

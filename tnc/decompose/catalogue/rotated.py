@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from tnc.decompose.learnt_scaling import LearntScaling
 from tnc.decompose.recipes import Recipe, RecipeEntry, factor_format_of, register_recipe
 from tnc.decompose.scaling import AwqScaling, Smoothing
 from tnc.decompose.sizes import Size
@@ -51,6 +52,12 @@ def _awq(method: str, **base: Any) -> Recipe:  # noqa: ANN401
     return Recipe("", (QuantizeStage(_format(**base), method=method),), transforms=(AwqScaling(_format(**base)),))
 
 
+def _omniquant(**base: Any) -> Recipe:  # noqa: ANN401
+    format = _format(**base)
+    stage = QuantizeStage(format, method="learned_clipping")
+    return Recipe("", (stage,), transforms=(LearntScaling(format),))
+
+
 def _svdquant(*, rank: Size, **base: Any) -> Recipe:  # noqa: ANN401
     stages = (LowRankStage(rank, metric=Metric.identity), QuantizeStage(_format(**base), method="gptq"))
     return Recipe("", stages, transforms=(Smoothing(),))
@@ -85,6 +92,8 @@ for _name, _summary, _source, _options, _build in (
      _BASE, partial(_awq, "rtn")),
     ("awq_gptq", "GPTQ of W diag(s) with AWQ's s", "arXiv:2306.00978; arXiv:2210.17323",
      _BASE, partial(_awq, "gptq")),
+    ("omniquant", "scaling of the inputs and ranges learnt by gradients, nearest codes (a layer's loss without "
+     "activations, no shift, the scaling stored)", "arXiv:2308.13137", _BASE, _omniquant),
     ("svdquant_smooth", "smoothed inputs, SVD first, GPTQ of what it leaves (weights only, mean|x| for max|x|)",
      "arXiv:2411.05007", (*_BASE, "rank"), _svdquant),
 ):  # fmt: skip
