@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from tnc.errors import FormatError
-from tnc.formats.number import NumberFormat, check_group, register_format
-from tnc.formats.scale import scale_format
+from tnc.formats.number import WholeBits, register_format
 
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @register_format
 @dataclass(frozen=True)
-class IntFormat(NumberFormat):
+class IntFormat(WholeBits):
     """Affine integer format: ``scale * (code - zero)``.
 
     Attributes:
@@ -49,18 +48,7 @@ class IntFormat(NumberFormat):
                 f"IntFormat(bits={self.bits}) is not supported; expected one of "
                 f"{', '.join(map(str, SUPPORTED_BITS))} bits."
             )
-        check_group("IntFormat", self.group_size)
-        scale_format(self.scale)
-
-    @property
-    def code_bits(self) -> float:
-        """``bits``."""
-        return self.bits
-
-    @property
-    def levels(self) -> int:
-        """Number of codes."""
-        return 1 << self.bits
+        self.check_blocks()
 
     @property
     def has_zero(self) -> bool:

@@ -38,6 +38,15 @@ class NumberFormat(abc.ABC):
     scale: str
     pad: bool
 
+    def check_blocks(self) -> None:
+        """Raise `FormatError` for a group below 1 or an unknown storage of scales."""
+        for field, group in (("group_size", self.group_size), ("group_rows", self.group_rows)):
+            if group is not None and group < 1:
+                raise FormatError(
+                    f"{type(self).__name__}({field}={group}) must be at least 1; use None for one group a row."
+                )
+        scale_format(self.scale)
+
     @property
     @abc.abstractmethod
     def code_bits(self) -> float:
@@ -190,7 +199,21 @@ def format_from_spec(spec: Mapping[str, Any]) -> NumberFormat:
     return cls(**given)
 
 
-def check_group(name: str, group: int | None, field: str = "group_size") -> None:
-    """Raise `FormatError` unless ``group`` is ``None`` or at least 1."""
-    if group is not None and group < 1:
-        raise FormatError(f"{name}({field}={group}) must be at least 1; use None for one group a row.")
+class WholeBits(NumberFormat):
+    """Formats whose codes are all numbers of ``bits`` bits.
+
+    Attributes:
+        bits: of a code.
+    """
+
+    bits: int
+
+    @property
+    def code_bits(self) -> float:
+        """``bits``."""
+        return self.bits
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 1 << self.bits

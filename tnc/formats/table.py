@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tnc.errors import FormatError
-from tnc.formats.number import NumberFormat, check_group, register_format
+from tnc.formats.number import NumberFormat, register_format
 from tnc.formats.packing import pack, pack_ternary, packed_length, unpack, unpack_ternary
-from tnc.formats.scale import scale_format
 from tnc.formats.tables import table_values
 
 
@@ -47,9 +46,7 @@ class TableFormat(NumberFormat):
         if not isinstance(self.table, str):
             object.__setattr__(self, "table", tuple(float(v) for v in self.table))
         table_values(self.table)
-        check_group("TableFormat", self.group_size)
-        check_group("TableFormat", self.group_rows, "group_rows")
-        scale_format(self.scale)
+        self.check_blocks()
 
     @property
     def values(self) -> tuple[float, ...]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tnc.errors import FormatError
-from tnc.formats.number import NumberFormat, check_group, register_format
-from tnc.formats.scale import scale_format
+from tnc.formats.number import WholeBits, register_format
 
 _WORD = 0xFFFFFFFF
 
@@ -47,7 +46,7 @@ _GAIN = {2: 1.02, 3: 1.07, 4: 1.1}  # scale over root mean square: least error o
 
 @register_format
 @dataclass(frozen=True)
-class TrellisFormat(NumberFormat):
+class TrellisFormat(WholeBits):
     """Bitshift trellis with computed codes (QTIP, arXiv:2406.11235): ``scale * code(state)``.
 
     Going down a line, each entry has ``bits`` new bits; its state is the last ``state_bits`` bits, its level
@@ -102,18 +101,7 @@ class TrellisFormat(NumberFormat):
                 f"TrellisFormat(path={self.path!r}, pad={self.pad}) is not supported; expected {' or '.join(PATHS)}, "
                 "the second without padding."
             )
-        check_group("TrellisFormat", self.group_size)
-        scale_format(self.scale)
-
-    @property
-    def code_bits(self) -> float:
-        """``bits``."""
-        return self.bits
-
-    @property
-    def levels(self) -> int:
-        """Number of codes."""
-        return 1 << self.bits
+        self.check_blocks()
 
     @property
     def has_exact_zero(self) -> bool:
