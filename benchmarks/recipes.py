@@ -40,15 +40,13 @@ from tnc.models.sharing import sharing_groups
 from tnc.models.text import calibration_batches, read_text, token_windows
 from tnc.terms import map_tensors
 
-_BASES = (
-    "gptq", "yaqa_rotated_refined", "rtn", "yaqa_refined", "yaqa_rotated", "quip", "yaqa", "gptq_rotated",
-    "gptq_refined", "awq_gptq", "awq", "lwc", "hqq", "autoround", "omniquant",
-)  # fmt: skip
-_FACTORED = (
-    "eora", "serq", "qera", "qlr_fisher", "qlr_shared", "caldera", "qlr_alternating", "loftq", "svdquant", "qlr_gated",
-    "lqer", "lorc",
-)  # fmt: skip
+# Cheap ones first: a run that is cut short then has most of the table.
+_BASES = ("gptq", "rtn", "gptq_rotated", "quip")
+_FACTORED = ("eora", "qera", "lqer", "lorc", "serq", "qlr_fisher", "qlr_shared", "loftq")
+_SLOWER = ("yaqa_rotated_refined", "yaqa_refined", "yaqa_rotated", "yaqa", "gptq_refined", "awq_gptq")
+_ALTERNATING = ("caldera", "svdquant", "qlr_alternating", "qlr_gated")
 _WHOLE = ("odlri", "srr")  # take an integer rank
+_SLOWEST = ("awq", "lwc", "hqq", "autoround", "omniquant")
 _SIGNS = 0.01  # bits a weight that signs of rotations and padding of small layers may take
 
 
@@ -67,11 +65,12 @@ class Row:
 
 def rows(widths: list[int], only: str) -> Iterator[Row]:
     """Bases in groups of 64; with 4-bit factors in groups of 128 at the same bits; trellises have a scale a row."""
-    first = [[("yaqa_trellis", {})], [(name, {"group_size": 64}) for name in _BASES]]
-    coarse = {"group_size": 128, "factor_bits": 4}
-    last = [[(name, coarse) for name in _FACTORED], [(name, {**coarse, "rank": 6}) for name in _WHOLE],
-            [("yaqa_trellis_lr", {"factor_bits": 4}), ("qtip", {})]]  # fmt: skip
-    for name, options in (each for group in (*first, *last) for each in group):
+    plain, coarse = {"group_size": 64}, {"group_size": 128, "factor_bits": 4}
+    groups = (
+        (_BASES, plain), (_FACTORED, coarse), (_SLOWER, plain), (_ALTERNATING, coarse), (_WHOLE, {**coarse, "rank": 6}),
+        (_SLOWEST, plain), (("yaqa_trellis", "qtip"), {}), (("yaqa_trellis_lr",), {"factor_bits": 4}),
+    )  # fmt: skip
+    for name, options in ((name, options) for names, options in groups for name in names):
         if re.search(only, name):
             for bits in widths:
                 limit = {"rank": BitsPerWeight(bits + (16 + bits) / 64 + _SIGNS)} if "factor_bits" in options else {}
