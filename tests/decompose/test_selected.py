@@ -48,6 +48,16 @@ def test_it_is_the_best_correction_of_its_inputs(seed, count):
         assert metric.squared_norm(error) == pytest.approx(least, rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_each_input_is_the_best_beside_those_before(seed):
+    given_ = problem(seed=seed)
+    metric, weight = Metric.fisher(given_.stats), given_.weight.double()
+    taken = []
+    for _ in range(4):
+        taken.append(min(set(range(9)) - set(taken), key=lambda j: corrected(weight, [*taken, j], metric)))
+        assert chosen_inputs(weight, len(taken), metric).tolist() == sorted(taken)
+
+
 def test_two_inputs_are_near_the_best_pair_and_all_leave_nothing():
     given_ = problem(seed=3)
     metric, weight = Metric.fisher(given_.stats), given_.weight.double()

@@ -14,6 +14,7 @@ from tnc.formats import CODES, TrellisFormat
 from tnc.metric import Metric
 from tnc.quant import Grid, fit_grid, gptq, grid_lower_bound, refine, rtn, yaqa
 from tnc.quant.feedback import feedback
+from tnc.quant.rings import Rings, improve_rings
 from tnc.quant.trellis import trellis_of
 from tnc.quant.viterbi import Trellis, encode, least_costs
 from tnc.stats import LayerStats
@@ -193,6 +194,19 @@ def test_anti_diagonals_serve_rtn_gptq_and_yaqa_in_their_own_metrics():
     points = terms["rtn"].scales(torch.float64).repeat_interleave(5, 1).unsqueeze(-1) * CODES["1mad"](torch.arange(256))
     nearest = (weight.double().unsqueeze(-1) - points).abs().amin(-1).square().sum()
     assert grid_lower_bound(weight, terms["rtn"], torch.ones(30)) == pytest.approx(float(nearest), rel=1e-6)
+
+
+@pytest.mark.parametrize("fisher", [True, False])
+def test_a_sweep_over_lines_lowers_the_error_by_codes_alone(fisher):
+    weight, stats = two_sided(40, 30, seed=3)
+    term = rtn(weight, DIAGONAL)
+    hessian, gradient = stats.hessian.float(), stats.gradient.second.float() if fisher else None
+    down = torch.ones(40) if gradient is None else gradient.diagonal()
+    rings = Rings.of(Grid.of(term), down, hessian.diagonal())
+    better = improve_rings(weight, term, rings, hessian, gradient)
+    metric = Metric(stats.hessian, stats.gradient.second if fisher else None)
+    before, after = (metric.squared_norm(weight.double() - t.to_dense().double()) for t in (term, better))
+    assert torch.equal(better.scale, term.scale) and after < 0.9 * before
 
 
 def test_laws_of_anti_diagonals():
