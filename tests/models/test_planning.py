@@ -56,15 +56,21 @@ def test_predicted_bits_nats_and_bytes_are_those_of_the_file(calibrated, budget,
 @pytest.mark.parametrize("factors", ["16", "4"])
 def test_bits_of_shared_right_factors_are_those_of_the_file(calibrated, factors, tmp_path):
     model, stats, _ = calibrated
-    curves = tnc.error_curves(model, stats, replace(PORTFOLIO, shared=True), include=["*.0.*"], dtype=torch.bfloat16)
+    bases = {"dense": PORTFOLIO.bases["dense"], "none": Base(None)}
+    kinds = {"16": None, factors: PORTFOLIO.factors[factors]}
+    portfolio = replace(PORTFOLIO, bases=bases, factors=kinds, shared=True)
+    curves = tnc.error_curves(model, stats, portfolio, include=["*.0.*"], dtype=torch.bfloat16)
     plan = tnc.plan(model, stats, tnc.BitsPerWeight(5), curves=curves)
-    groups = [[name for name in group if name in plan.layers] for group in curves.groups]
-    choice = Choice("int3", 4, factors, shared=True)
-    edited = edit(plan, {name: choice for group in groups for name in group})
+    groups = curves.groups
+    choices = {
+        name: next(o.choice for o in curves.layers[group[0]].options if o.choice.shared and o.choice.factors == factors)
+        for group in groups for name in group
+    }  # fmt: skip
+    edited = edit(plan, choices)
     small = compressed(model, stats, edited)
     reports = tnc.ModelReport.of(small).layers
     for name in (name for group in groups for name in group):
-        option = next(o for o in curves.layers[name].options if o.choice == choice)
+        option = next(o for o in curves.layers[name].options if o.choice == choices[name])
         assert reports[name]["storage_bits"] == option.bits
         assert reports[name]["predicted_nats"] == pytest.approx(
             option.heldout_nats, rel=0.1 if factors == "4" else 1e-4

@@ -6,20 +6,24 @@ layer, so that they add up as those of every other option do (MATH.md section 3,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tnc.decompose.factors import FactorFormats, quantize_shared_factors
 from tnc.decompose.shared import charged_bits, shared_factors
+from tnc.planning.allocate import Menu, front
 from tnc.planning.curves import ErrorCurve, LayerCurves, Option, curves_of
 from tnc.planning.fits import FittedBase, LayerFits, fit_bases
 from tnc.planning.portfolio import PLAIN, Choice, Portfolio
 from tnc.stats import LayerStats
 from tnc.terms import Expression, LowRank, Product, Sum, dense64
 
+Hull = Callable[[int], float]
 Options = list[list[Option]]  # of each layer of the group, by rising rank
 
 
@@ -45,29 +49,48 @@ def measure_groups(
     Raises:
         ShapeError, NonFiniteError, StatsError: as `tnc.planning.measure_curves`.
 
+    Shared options that are not below the hull of the layers' own are left out: no plan would take them. Rounded factors
+    are only made where plain ones of that rank, at the bits of the rounded, would be below it.
+
     Cost: beside the layers' own curves one eigenproblem of size n for each compensated base without transforms, and one
-    rounding for each rank and format of rounded factors.
+    rounding for each rank and format that can still pay.
     """
     fits = [fit_bases(w, s, portfolio, dtype=dtype) for w, s in zip(weights, stats, strict=True)]
     curves = [curves_of(each) for each in fits]
     if not portfolio.shared or len(fits) < 2:
         return curves
-    extra = _shared_curves(fits)
+    extra = _shared_curves(fits, _hull(curves))
     return [replace(own, curves=(*own.curves, *more)) for own, more in zip(curves, extra, strict=True)]
 
 
-def _shared_curves(fits: Sequence[LayerFits]) -> list[list[ErrorCurve]]:
+def _hull(curves: Sequence[LayerCurves]) -> Hull:
+    """What the layers' own options cost together at best, at given bits of all of them."""
+    options = [option for each in curves for option in each.options]
+    first = np.concatenate([[0], np.cumsum([len(each.options) for each in curves])])
+    cost, bits = np.array([_cost(o) for o in options]), np.array([float(o.bits) for o in options])
+    found = front(Menu(first, cost, bits))
+    return lambda used: math.inf if used < found.usage[0] else float(np.interp(used, found.usage, found.cost))
+
+
+def _cost(option: Option) -> float:
+    """What a planner would minimise."""
+    return option.heldout_error**2 if math.isnan(option.heldout_nats) else option.heldout_nats
+
+
+def _shared_curves(fits: Sequence[LayerFits], hull: Hull) -> list[list[ErrorCurve]]:
     portfolio = fits[0].portfolio
     found: list[list[ErrorCurve]] = [[] for _ in fits]
     for name, base in portfolio.bases.items():
         if not base.compensated or base.transforms or any(name not in each.bases for each in fits):
             continue
         group = _Group(fits, name, [each.bases[name] for each in fits])
-        by_format = {PLAIN: group.plain()} | {f: group.rounded(f) for f in portfolio.factors if f != PLAIN}
+        plain = group.plain()
+        tails = {options[0].choice.rank: sum(map(_cost, options)) for options in zip(*plain, strict=True)}
+        by_format = {PLAIN: plain} | {f: group.rounded(f, tails, hull) for f in portfolio.factors if f != PLAIN}
         for factors, layers in by_format.items():
-            for at, options in enumerate(layers):
-                if options:
-                    found[at].append(ErrorCurve(name, factors, tuple(options), shared=True))
+            kept = [o for o in zip(*layers, strict=True) if sum(map(_cost, o)) < hull(sum(each.bits for each in o))]
+            for at, options in enumerate(zip(*kept, strict=True)):
+                found[at].append(ErrorCurve(name, factors, options, shared=True))
     return found
 
 
@@ -118,8 +141,8 @@ class _Group:
                 found[at].append(Option(Choice(self.name, k, shared=True), stored, *(float(e[k]) for e in errors[at])))
         return found
 
-    def rounded(self, factors: str) -> Options:
-        """Factors in a number format, each rank rounded and measured."""
+    def rounded(self, factors: str, tails: Mapping[int, float], hull: Hull) -> Options:
+        """Factors in a number format, each rank rounded and measured where its tail is below the hull."""
         format = self.portfolio.factors[factors]
         assert format is not None, "only the model's dtype has no format"
         formats, columns = FactorFormats.of(format), self.fits[0].weight.shape[1]
