@@ -1,6 +1,7 @@
 """Plans of whole models: what was predicted is what is stored and measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,36 @@ def test_predicted_bits_nats_and_bytes_are_those_of_the_file(calibrated, budget,
     header = sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in path.glob("*.safetensors"))
     assert sum(f.stat().st_size for f in path.glob("*.safetensors")) == on_disk + header
     assert tnc.load_checkpoint(path).tnc_recipe == f"plan(bpw={budget:g})"
+
+
+@pytest.mark.parametrize("factors", ["16", "4"])
+def test_bits_of_shared_right_factors_are_those_of_the_file(calibrated, factors, tmp_path):
+    model, stats, _ = calibrated
+    bases = {"dense": PORTFOLIO.bases["dense"], "none": Base(None)}
+    kinds = {"16": None, factors: PORTFOLIO.factors[factors]}
+    portfolio = replace(PORTFOLIO, bases=bases, factors=kinds, shared=True)
+    curves = tnc.error_curves(model, stats, portfolio, include=["*.0.*"], dtype=torch.bfloat16)
+    plan = tnc.plan(model, stats, tnc.BitsPerWeight(5), curves=curves)
+    groups = curves.groups
+    choices = {
+        name: next(o.choice for o in curves.layers[group[0]].options if o.choice.shared and o.choice.factors == factors)
+        for group in groups for name in group
+    }  # fmt: skip
+    edited = edit(plan, choices)
+    small = compressed(model, stats, edited)
+    reports = tnc.ModelReport.of(small).layers
+    for name in (name for group in groups for name in group):
+        option = next(o for o in curves.layers[name].options if o.choice == choices[name])
+        assert reports[name]["storage_bits"] == option.bits
+        assert reports[name]["predicted_nats"] == pytest.approx(
+            option.heldout_nats, rel=0.1 if factors == "4" else 1e-4
+        )
+    total = sum(reports[name]["storage_bits"] for name in plan.layers)
+    path = tnc.save_checkpoint(small, tmp_path / "small")
+    files = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in path.glob("*.safetensors"))
+    assert files == total // 8 + curves.other_bytes
+    edited.save(tmp_path / "plan.json")
+    assert tnc.Plan.load(tmp_path / "plan.json").layers == edited.layers
 
 
 def test_bytes_budget_is_met_on_disk(calibrated, tmp_path):

@@ -260,6 +260,8 @@ def test_plan_file_is_read_back_and_edited(tmp_path):
         ({"factors": "3"}, "layer 'block.0.q': factor format '3'"),
         ({"rank": 65}, "layer 'block.0.q' has rank 65; expected an integer from 0 to 64"),
         ({"rank": 1.5}, "has rank 1.5"),
+        ({"shared": "yes", "rank": 8}, "layer 'block.0.q' has shared 'yes'; expected true or false"),
+        ({"shared": True, "rank": 0}, "cannot share a right factor"),
         ({"colour": "red"}, "is no plan of tnc"),
     ],
 )

@@ -126,6 +126,10 @@ def plan(
     method: Annotated[str, typer.Option(help="Quantizer of the integer bases, such as gptq or yaqa.")] = "gptq",
     refine: Annotated[int, typer.Option(help="Sweeps of refinement of the integer bases.")] = 0,
     rotated: Annotated[bool, typer.Option("--rotated", help="Rotate the inputs and outputs of integer bases.")] = False,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="Base besides, such as trellis2 or nf4; repeatable.")
+    ] = None,
+    shared: Annotated[bool, typer.Option(help="Try one right factor for q/k/v and for gate/up.")] = True,
     fused: Annotated[bool, typer.Option("--fused", help="q/k/v and gate/up take one base.")] = False,
     keep_dense: Annotated[list[str] | None, typer.Option(help="Layer name pattern left dense; repeatable.")] = None,
     served_ranks: Annotated[bool, typer.Option("--served-ranks", help="Only ranks that serving stacks have.")] = False,
@@ -149,8 +153,8 @@ def plan(
         PlanOptions(
             model=model, budgets=budget or [], out=out, pareto=pareto, report=report, calib=calib, stats=stats,
             curves=curves, text=text, limit=limit, group_size=group_size, method=method, refine=refine,
-            rotated=rotated, fused=fused, keep_dense=keep_dense or [], served_ranks=served_ranks, table=table,
-            tokens=tokens, exact=exact,
+            rotated=rotated, formats=formats or [], shared=shared, fused=fused, keep_dense=keep_dense or [],
+            served_ranks=served_ranks, table=table, tokens=tokens, exact=exact,
             sequences=sequences, context=context, fisher=fisher, include=include, exclude=exclude, seed=seed,
             device=device,
         ),

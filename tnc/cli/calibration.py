@@ -11,9 +11,11 @@ from torch import nn
 from tnc.cli import console
 from tnc.cli.sources import context_of, open_text
 from tnc.models.calibrate import calibrate
-from tnc.models.text import calibration_batches
+from tnc.models.text import full_windows, sample_windows
 from tnc.stats import LayerStats
 from tnc.stats_file import load_stats, save_stats
+
+_BATCH = 8  # sequences
 
 
 class CalibrationOptions(Protocol):
@@ -65,14 +67,13 @@ def calibration_data(
         return {}
     context = context_of(model) if options.context is None else options.context
     text = open_text(options.calib, "calibration")
-    batches = calibration_batches(tokenizer, text, context=context, seed=options.seed)
-    windows = sum(len(batch) for batch in batches)
-    if windows > options.sequences:
-        batches = calibration_batches(
-            tokenizer, text, context=context, sequences=options.sequences, seed=options.seed
-        )  # fmt: skip
-    elif windows < options.sequences:
-        console.note(f"all {windows} full windows of {context} tokens are used; {options.sequences} were asked for.")
+    windows = full_windows(tokenizer, text, context=context)
+    if len(windows) < options.sequences:
+        console.note(
+            f"all {len(windows)} full windows of {context} tokens are used; {options.sequences} were asked for."
+        )
+    chosen = sample_windows(windows, min(options.sequences, len(windows)), seed=options.seed)
+    batches = list(torch.split(chosen, _BATCH))
     if options.stats is None:
         return {"batches": batches}
     return {"stats": _calibrated(options, options.stats, model, batches, progress)}

@@ -55,6 +55,8 @@ class PlanOptions:
     method: str
     refine: int
     rotated: bool
+    formats: list[str]
+    shared: bool
     fused: bool
     keep_dense: list[str]
     served_ranks: bool
@@ -107,8 +109,9 @@ def run_plan(options: PlanOptions, *, as_json: bool) -> None:
 def _portfolio(options: PlanOptions) -> Portfolio:
     transforms = (InputRotation(), OutputRotation()) if options.rotated else ()
     return Portfolio.default(
-        group_sizes=(options.group_size, None), method=options.method, refine=options.refine, transforms=transforms
-    )
+        group_sizes=(options.group_size, None), method=options.method, refine=options.refine, transforms=transforms,
+        formats=tuple(options.formats), shared=options.shared,
+    )  # fmt: skip
 
 
 def front_rows(table: CurveTable, rules: Rules) -> list[dict[str, float]]:

@@ -69,7 +69,7 @@ def _draw_ranks(axes: Any, table: CurveTable) -> None:  # noqa: ANN401
     """The mean over layers of what a rank leaves of the error of its base: the spectra of the residuals."""
     for base in table.portfolio.bases:
         curves = [c for layer in table.layers.values() for c in layer.curves
-                  if c.base == base and c.factors == "16" and len(c.options) > 1]  # fmt: skip
+                  if c.base == base and c.factors == "16" and not c.shared and len(c.options) > 1]  # fmt: skip
         if not curves:
             continue
         ranks = [option.choice.rank for option in max(curves, key=lambda c: len(c.options)).options]

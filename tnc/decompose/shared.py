@@ -56,7 +56,7 @@ def decompose_shared(
     fits = _descend(_Group(tuple(weights), tuple(stats)), stages, sweeps)
     seconds = (time.perf_counter() - start) / len(weights)
     operators = [parts[0].term if len(parts) == 1 else Sum(tuple(f.term for f in parts)) for parts in fits]
-    shares = _shares(operators)
+    shares = charged_bits(operators)
     return [
         _reported(weight, operator, each, parts, shared, seconds)
         for weight, operator, each, parts, shared in zip(weights, operators, stats, fits, shares, strict=True)
@@ -122,7 +122,7 @@ def _fit_low_rank(group: _Group, stage: LowRankStage, targets: Sequence[Target])
     dtype = stage.dtype or group.weights[0].dtype
     formats = None if stage.factor_format is None else FactorFormats.of(stage.factor_format)
     rank = _rank(group, stage, dtype, formats, sum(target.spent_bits for target in targets))
-    lefts, right = _factors([target.residual for target in targets], metrics, rank)
+    lefts, right = shared_factors([target.residual for target in targets], metrics, rank)
     if formats is None or rank == 0:
         right = right.to(dtype)
         return [Fitted(LowRank(left.to(dtype), right)) for left in lefts]
@@ -157,8 +157,20 @@ def _rank(
     return rank_within_bits(size, shape, spent_bits, bits, ranks)
 
 
-def _factors(residuals: Sequence[Tensor], metrics: Sequence[Metric], rank: int) -> tuple[list[Tensor], Tensor]:
-    """Float64 factors, rows of the right one as long as the columns of the left ones together."""
+def shared_factors(
+    residuals: Sequence[Tensor], metrics: Sequence[Metric], rank: int
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Float64 factors, rows of the right one as long as the columns of the left ones together.
+
+    Args:
+        residuals: (m_i, n) each, float64.
+        metrics: with one H; a G each, or none.
+        rank: k of the right factor.
+
+    Returns:
+        A left factor (m_i, k) for each residual, and the right factor (k, n). The first components of a large rank are
+        those of a smaller one.
+    """
     stacked = torch.cat([_rooted(d, metric) for d, metric in zip(residuals, metrics, strict=True)])
     space = column_space(stacked, rank, Metric(metrics[0].hessian))
     right = space.right.double()
@@ -188,8 +200,11 @@ def shared_tensors(operators: Sequence[Expression]) -> dict[int, Tensor]:
     return {id(t): t for operator in operators for t in operator.tensors().values() if seen[id(t)] > 1}
 
 
-def _shares(operators: Sequence[Expression]) -> list[int]:
-    """Bits that each operator is charged: its own, and an equal share of what all store together."""
+def charged_bits(operators: Sequence[Expression]) -> list[int]:
+    """Bits that each operator is charged: its own, and an equal share of what all store together.
+
+    What does not divide is charged to the first; the sum is what is stored.
+    """
     common = shared_tensors(operators)
     together = sum(t.numel() * t.element_size() * 8 for t in common.values())
     own = [sum(t.numel() * t.element_size() * 8 for t in operator.tensors().values() if id(t) not in common)

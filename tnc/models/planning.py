@@ -28,7 +28,8 @@ from tnc.planning import (
     Portfolio,
     Rules,
     describe_budget,
-    measure_curves,
+    input_groups,
+    measure_groups,
     plan_curves,
 )
 from tnc.stats import LayerStats, Moments
@@ -61,7 +62,7 @@ def error_curves(
         StatsError: if statistics of a layer are missing.
         BudgetError: if the cache is of another model, calibration or portfolio.
 
-    Cost: one fit of every base for each layer; see `measure_curves`.
+    Cost: one fit of every base for each layer; see `tnc.planning.measure_groups`.
     """
     portfolio = portfolio or Portfolio.default()
     layers = select_layers(model, include, exclude)
@@ -77,12 +78,15 @@ def error_curves(
     if cache is not None and cache.exists():
         return CurveTable.load(cache, fingerprint=fingerprint)
     curves: dict[str, LayerCurves] = {}
-    for name, weight in weights.items():
-        curves[name] = measure_curves(weight, stats[name], portfolio, dtype=dtype)
+    groups = input_groups({name: stats[name] for name in weights})
+    for names in groups:
+        members = [weights[name] for name in names], [stats[name] for name in names]
+        curves |= zip(names, measure_groups(*members, portfolio, dtype=dtype), strict=True)
         if progress is not None:
             progress("curves", len(curves), len(weights))
-    other = _other_bytes(model, weights)
-    table = CurveTable(curves, portfolio, _groups(weights, stats), other, str(stored)[6:], fingerprint)
+    curves = {name: curves[name] for name in weights}  # in model order
+    seen_together = tuple(tuple(names) for names in groups if len(names) > 1)
+    table = CurveTable(curves, portfolio, seen_together, _other_bytes(model, weights), str(stored)[6:], fingerprint)
     if cache is not None:
         table.save(cache)
     return table
@@ -183,14 +187,6 @@ def _next_level(level: float, value: float, target: float, low: float, high: flo
     if low < guess < high:
         return guess
     return math.sqrt(low * high) if low > 0 and math.isfinite(high) else level * (0.5 if math.isfinite(high) else 2.0)
-
-
-def _groups(weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats]) -> tuple[tuple[str, ...], ...]:
-    """Layers that share one `Moments` object see one input."""
-    found: dict[int, list[str]] = {}
-    for name in weights:
-        found.setdefault(id(stats[name].inputs), []).append(name)
-    return tuple(tuple(names) for names in found.values() if len(names) > 1)
 
 
 def _other_bytes(model: nn.Module, weights: Mapping[str, Tensor]) -> int:

@@ -20,7 +20,8 @@ from tnc.planning import (
     Plan,
     Rules,
     describe_budget,
-    measure_curves,
+    input_groups,
+    measure_groups,
     plan_curves,
 )
 from tnc.stats import LayerStats
@@ -67,11 +68,13 @@ class Replanner:
     ) -> dict[str, Recipe]:
         """Measure the block, plan it with what is left, and fix its choices."""
         portfolio = self._table.portfolio
-        for name, weight in weights.items():
-            known = stats[name]
-            if known is None:
-                raise StatsError("a Replanner measures each block; pass batches to compress, with sequential=True.")
-            self._set(name, measure_curves(weight, known, portfolio, dtype=dtype))
+        known = {name: each for name, each in stats.items() if each is not None}
+        if len(known) < len(stats):
+            raise StatsError("a Replanner measures each block; pass batches to compress, with sequential=True.")
+        for names in input_groups({name: known[name] for name in weights}):
+            members = [weights[name] for name in names], [known[name] for name in names]
+            for name, curves in zip(names, measure_groups(*members, portfolio, dtype=dtype), strict=True):
+                self._set(name, curves)
         self.plan = plan_curves(self._table, self._budgets, self._rules)
         for name in weights:
             self._set(name, _only(self._table.layers[name], self.plan, name))
@@ -89,4 +92,4 @@ def _only(layer: LayerCurves, plan: Plan, name: str) -> LayerCurves:
     """The layer with the planned option alone."""
     choice = plan.layers[name].choice
     option: Option = next(each for each in layer.options if each.choice == choice)
-    return replace(layer, curves=(ErrorCurve(choice.base, choice.factors, (option,)),))
+    return replace(layer, curves=(ErrorCurve(choice.base, choice.factors, (option,), choice.shared),))

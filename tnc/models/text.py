@@ -117,18 +117,36 @@ def calibration_batches(
     Raises:
         TextError: if the text has fewer full windows than asked, or none.
     """
-    tokens = _encode(tokenizer, text)
-    _check_length(tokens, context, context, text)
-    windows = tokens[: tokens.numel() // context * context].view(-1, context)  # (windows, context)
+    windows = full_windows(tokenizer, text, context=context)
     if sequences is None:
         return list(torch.split(windows, batch_size))
-    if not 1 <= sequences <= len(windows):
+    return list(torch.split(sample_windows(windows, sequences, seed=seed), batch_size))
+
+
+def full_windows(tokenizer: Tokenizer, text: str, *, context: int) -> Tensor:
+    """(windows, context) int64: the text cut into full windows, what is left over dropped.
+
+    Raises:
+        TextError: if the text has no full window, or the context leaves nothing to predict.
+    """
+    tokens = _encode(tokenizer, text)
+    _check_length(tokens, context, context, text)
+    return tokens[: tokens.numel() // context * context].view(-1, context)
+
+
+def sample_windows(windows: Tensor, sequences: int, *, seed: int = 0) -> Tensor:
+    """(sequences, context) of (windows, context): one drawn from each of as many equal stretches, in order.
+
+    Raises:
+        TextError: if there are fewer windows than asked, or none is asked.
+    """
+    count, context = windows.shape
+    if not 1 <= sequences <= count:
         raise TextError(
-            f"{sequences} calibration sequences of {context} tokens asked from a text of {tokens.numel()} "
-            f"tokens, which has {len(windows)} full windows; use 1 <= sequences <= {len(windows)}, a longer "
-            "text or a smaller context."
+            f"{sequences} calibration sequences of {context} tokens asked from a text which has {count} full windows; "
+            f"use 1 <= sequences <= {count}, a longer text or a smaller context."
         )
-    return list(torch.split(windows[_stratified(len(windows), sequences, seed)], batch_size))
+    return windows[_stratified(count, sequences, seed)]
 
 
 def _stratified(population: int, count: int, seed: int) -> Tensor:

@@ -105,7 +105,7 @@ class Front:
         chosen = self.start.copy()
         chosen[self.menu.unit[self.step[:taken]]] = self.step[:taken]  # later segments of a unit overwrite
         chosen = _take_what_fits(self.menu, chosen, self.step[taken:], limit)
-        chosen = _spend_rest(self.menu, chosen, limit)
+        chosen = spend_rest(self.menu, chosen, limit)
         cost = float(self.menu.cost[chosen].sum())
         return Allocation(chosen, cost, float(self.menu.usage[chosen].sum()), min(bound, cost), multiplier)
 
@@ -224,8 +224,8 @@ def _previous(chosen: Integers, steps: Integers, units: Integers) -> Integers:
     return previous
 
 
-def _spend_rest(menu: Menu, chosen: Integers, limit: float) -> Integers:
-    """Change one unit at a time, by the largest saving that fits, until nothing does.
+def spend_rest(menu: Menu, chosen: Integers, limit: float) -> Integers:
+    """Change one unit at a time, by the largest saving that fits within ``limit``, until nothing does.
 
     Savings only shrink while the rest is spent, so those of the first round stay upper bounds, and only the unit
     with the largest is looked at again.

@@ -21,7 +21,7 @@ from tnc.errors import BudgetError
 from tnc.planning.curves import ErrorCurve, LayerCurves, Option
 from tnc.planning.portfolio import Choice, Portfolio
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _MEASURES = ("nats", "heldout_nats", "error", "heldout_error")
 
 
@@ -101,12 +101,12 @@ class CurveTable:
 def _tensors(table: CurveTable) -> dict[str, torch.Tensor]:
     bases, factors = list(table.portfolio.bases), list(table.portfolio.factors)
     rows = [
-        (at, bases.index(o.choice.base), factors.index(o.choice.factors), o.choice.rank, o.bits)
+        (at, bases.index(o.choice.base), factors.index(o.choice.factors), o.choice.rank, o.choice.shared, o.bits)
         for at, layer in enumerate(table.layers.values()) for o in layer.options
     ]  # fmt: skip
     measures = [[getattr(o, key) for key in _MEASURES] for layer in table.layers.values() for o in layer.options]
     return {
-        "options": torch.tensor(rows, dtype=torch.int64).reshape(-1, 5),
+        "options": torch.tensor(rows, dtype=torch.int64).reshape(-1, 6),
         "measures": torch.tensor(measures, dtype=torch.float64).reshape(-1, len(_MEASURES)),
     }
 
@@ -131,15 +131,15 @@ def _rebuild(notes: Mapping[str, str], columns: Mapping[str, list[list[float]]])
     fields = json.loads(notes["fields"])
     portfolio = Portfolio.from_json(fields["portfolio"])
     bases, factors = list(portfolio.bases), list(portfolio.factors)
-    by_layer: list[dict[tuple[str, str], list[Option]]] = [{} for _ in fields["layers"]]
-    for (at, base, factor, rank, bits), measures in zip(columns["options"], columns["measures"], strict=True):
-        choice = Choice(bases[int(base)], int(rank), factors[int(factor)])
+    by_layer: list[dict[tuple[str, str, bool], list[Option]]] = [{} for _ in fields["layers"]]
+    for (at, base, factor, rank, shared, bits), measures in zip(columns["options"], columns["measures"], strict=True):
+        choice = Choice(bases[int(base)], int(rank), factors[int(factor)], bool(shared))
         option = Option(choice, int(bits), *measures)
-        by_layer[int(at)].setdefault((choice.base, choice.factors), []).append(option)
+        by_layer[int(at)].setdefault((choice.base, choice.factors, choice.shared), []).append(option)
     layers = {
         each["name"]: LayerCurves(
             (each["shape"][0], each["shape"][1]),
-            tuple(ErrorCurve(base, factor, tuple(options)) for (base, factor), options in curves.items()),
+            tuple(ErrorCurve(base, factor, tuple(o), shared) for (base, factor, shared), o in curves.items()),
             tuple(each["notes"]),
         )
         for each, curves in zip(fields["layers"], by_layer, strict=True)

@@ -13,13 +13,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tnc.decompose import Target
 from tnc.decompose.factors import FactorFormats, quantize_factors
 from tnc.decompose.low_rank import fit_low_rank
-from tnc.decompose.transforms import Transform, Transformed, apply_transforms
-from tnc.errors import FormatError, check_matrix
-from tnc.metric import Metric
+from tnc.planning.fits import FittedBase, LayerFits, fit_bases
 from tnc.planning.portfolio import PLAIN, Choice, Portfolio
+from tnc.planning.ruler import Ruler
 from tnc.stats import LayerStats
 from tnc.terms import Expression, LowRank, Sum, dense64
 
@@ -53,11 +51,13 @@ class ErrorCurve:
         base: name in the portfolio.
         factors: name in the portfolio.
         options: by rising rank.
+        shared: whether the right factor is that of all layers that see one input.
     """
 
     base: str
     factors: str
     options: tuple[Option, ...]
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LayerCurves:
 def measure_curves(
     weight: Tensor, stats: LayerStats, portfolio: Portfolio, *, dtype: torch.dtype | None = None
 ) -> LayerCurves:
-    """Every option of the portfolio for one layer.
+    """Every option of the portfolio for one layer by itself; `measure_groups` adds those of shared right factors.
 
     Args:
         weight: (out_features, in_features), any float dtype.
@@ -98,37 +98,24 @@ def measure_curves(
     Cost: one fit a base, one eigenproblem of the smaller side and about ``6 m n (m + n)`` flops of errors a
     compensated base, in float64.
     """
-    check_matrix(weight, "weight")
-    stats.check_weight(weight)
-    rulers: dict[tuple[Transform, ...], _Ruler] = {}
-    curves, notes, limit = [], [], weight.numel() * (dtype or weight.dtype).itemsize * 8
-    for name in sorted(portfolio.bases, key=lambda base: portfolio.bases[base].compensated):
-        transforms = portfolio.bases[name].transforms
-        if transforms not in rulers:
-            rulers[transforms] = _Ruler(weight, apply_transforms(weight, transforms, stats))
-        ruler = rulers[transforms]
-        try:
-            base = _base(ruler, portfolio, name, dtype)
-        except FormatError as error:
-            notes.append(f"{name} left out: {error}")
-            continue
+    return curves_of(fit_bases(weight, stats, portfolio, dtype=dtype))
+
+
+def curves_of(fits: LayerFits) -> LayerCurves:
+    """The curves of a layer whose bases are fitted."""
+    portfolio, curves = fits.portfolio, []
+    for name in sorted(fits.bases, key=lambda base: portfolio.bases[base].compensated):
+        base = fits.bases[name]
         if not portfolio.bases[name].compensated:
-            curves.append(ErrorCurve(name, PLAIN, (_option(ruler, Choice(name), base),)))
-            limit = min(limit, curves[-1].options[0].bits)
+            curves.append(ErrorCurve(name, PLAIN, (_option(base.ruler, Choice(name), base.term),)))
             continue
-        bases = _Compensated(ruler, portfolio, name, base, dtype or weight.dtype, limit)
+        bases = _Compensated(fits, name, base)
         found = {PLAIN: bases.plain()} | {f: bases.rounded(f) for f in portfolio.factors if f != PLAIN}
         curves += [ErrorCurve(name, factors, options) for factors, options in found.items() if options]
-    return LayerCurves((weight.shape[0], weight.shape[1]), tuple(curves), tuple(notes))
+    return LayerCurves((fits.weight.shape[0], fits.weight.shape[1]), tuple(curves), fits.notes)
 
 
-def _base(ruler: _Ruler, portfolio: Portfolio, name: str, dtype: torch.dtype | None) -> Expression:
-    """The base as stored; a term of rank 0 where there is none."""
-    (stage,) = portfolio.stages(Choice(name), dtype)
-    return stage.fit(Target(ruler.weight, ruler.source, ruler.stats, 0)).term
-
-
-def _option(ruler: _Ruler, choice: Choice, operator: Expression) -> Option:
+def _option(ruler: Ruler, choice: Choice, operator: Expression) -> Option:
     return Option(choice, ruler.wrap(operator).storage_bits, *ruler.errors(ruler.weight - dense64(operator)))
 
 
@@ -136,16 +123,29 @@ def _option(ruler: _Ruler, choice: Choice, operator: Expression) -> Option:
 class _Compensated:
     """A base with low-rank terms on its residual, all below ``limit`` bits."""
 
-    ruler: _Ruler
-    portfolio: Portfolio
+    fits: LayerFits
     name: str
-    base: Expression
-    dtype: torch.dtype
-    limit: int
+    fitted: FittedBase
+
+    @property
+    def ruler(self) -> Ruler:
+        return self.fitted.ruler
+
+    @property
+    def base(self) -> Expression:
+        return self.fitted.term
+
+    @property
+    def portfolio(self) -> Portfolio:
+        return self.fits.portfolio
+
+    @cached_property
+    def limit(self) -> int:
+        return self.fits.limit
 
     @cached_property
     def residual(self) -> Tensor:
-        return self.ruler.weight - dense64(self.base)
+        return self.fitted.residual
 
     @cached_property
     def empty(self) -> bool:
@@ -153,15 +153,15 @@ class _Compensated:
 
     def plain(self) -> tuple[Option, ...]:
         """The base alone and with every useful rank of factors in the model's dtype."""
-        per_rank = sum(self.residual.shape) * self.dtype.itemsize * 8
+        per_rank = sum(self.residual.shape) * self.fits.dtype.itemsize * 8
         useful = max(-(-(self.limit - self.ruler.wrap(self.base).storage_bits) // per_rank) - 1, 0)
         largest = min(useful, self.portfolio.max_rank, *self.residual.shape)
         ranks = list(range(0, largest + 1, self.portfolio.rank_step))
-        term = self._term(ranks[-1], self.dtype)
+        term = self._term(ranks[-1], self.fits.dtype)
         errors = self.ruler.prefix_errors(self.residual, term)
         first = 1 if self.empty else 0  # storing nothing is no option
         return tuple(
-            Option(Choice(self.name, k), self._with(_prefix(term, k)).storage_bits, *(float(e[k]) for e in errors))
+            Option(Choice(self.name, k), self._with(prefix_of(term, k)).storage_bits, *(float(e[k]) for e in errors))
             for k in ranks[first:]
         )
 
@@ -177,7 +177,7 @@ class _Compensated:
         found = []
         for k in ranks:
             quantized = quantize_factors(
-                self.residual, _prefix(term, k), self.ruler.metric, formats, method="gptq"
+                self.residual, prefix_of(term, k), self.ruler.metric, formats, method="gptq"
             ).term
             errors = self.ruler.errors(self.residual - dense64(quantized))
             found.append(Option(Choice(self.name, k, factors), self._with(quantized).storage_bits, *errors))
@@ -194,57 +194,6 @@ class _Compensated:
         return self.ruler.wrap(term if self.empty else self.base if nothing else Sum((self.base, term)))
 
 
-def _prefix(term: LowRank, rank: int) -> LowRank:
+def prefix_of(term: LowRank, rank: int) -> LowRank:
+    """The first components of a low-rank term."""
     return LowRank(term.left[:, :rank], term.right[:rank])
-
-
-class _Ruler:
-    """Measures residuals of one layer, in one basis: nats and relative errors on both sets of tokens."""
-
-    def __init__(self, source: Tensor, inner: Transformed) -> None:
-        assert inner.stats is not None, "curves are measured with statistics"
-        stats = inner.stats
-        self.stats, self.wrap, self.weight = stats, inner.wrap, inner.weight
-        self.source = inner.weight.to(source.dtype)
-        self.metric = Metric.auto(stats)
-        self._gradient = None if stats.gradient is None else stats.gradient.second.double()
-        inputs = [stats.inputs] if stats.heldout is None else [stats.inputs, stats.heldout]
-        self._hessians = [each.second.double() for each in inputs]
-        self._scales = [Metric(h).norm(self.weight) for h in self._hessians]
-
-    def errors(self, residual: Tensor) -> tuple[float, float, float, float]:
-        """nats, held-out nats, error, held-out error of a residual (m, n) float64."""
-        nothing = LowRank(residual.new_zeros(residual.shape[0], 0), residual.new_zeros(0, residual.shape[1]))
-        nats, heldout_nats, error, heldout_error = (float(e[0]) for e in self.prefix_errors(residual, nothing))
-        return nats, heldout_nats, error, heldout_error
-
-    def prefix_errors(self, residual: Tensor, term: LowRank) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, each (rank + 1,), with the first 0, 1, … components of a term taken off.
-
-        ``‖D − Σ lᵢ rᵢ‖² = ‖D‖² − 2 Σᵢ lᵢᵀ G D H rᵢ + Σᵢⱼ (lᵢᵀ G lⱼ)(rᵢᵀ H rⱼ)``: sums over leading squares.
-        """
-        left, right = term.left.double(), term.right.double()
-        found: dict[bool, list[Tensor]] = {True: [], False: []}
-        products = [(residual @ hessian, right @ hessian) for hessian in self._hessians]  # D H (m, n), R H (k, n)
-        for priced, gradient in self._sides():
-            weighted = left if gradient is None else gradient @ left
-            price = residual if gradient is None else gradient @ residual
-            seen_by_left, square = weighted.T @ residual, left.T @ weighted
-            for seen, rows in products:
-                taken = (square * (rows @ right.T)).cumsum(0).cumsum(1).diagonal()
-                taken = taken - 2 * (seen_by_left * rows).sum(1).cumsum(0)
-                found[priced].append(((seen * price).sum() + torch.cat([taken.new_zeros(1), taken])).clamp_min(0))
-        errors = [_relative(e, scale) for e, scale in zip(found[False], self._scales, strict=True)]
-        nats = [0.5 * e for e in found[True]] or [torch.full_like(errors[0], torch.nan)]
-        return nats[0], nats[-1], errors[0], errors[-1]
-
-    def _sides(self) -> list[tuple[bool, Tensor | None]]:
-        """(whether the unit is nats, G)."""
-        return [(False, None)] if self._gradient is None else [(True, self._gradient), (False, None)]
-
-
-def _relative(squared: Tensor, scale: float) -> Tensor:
-    """Relative, not squared; 0 where both vanish."""
-    if scale > 0:
-        return squared.sqrt() / scale
-    return torch.where(squared > 0, torch.inf, 0.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tnc.errors import BudgetError
-from tnc.planning.allocate import Floats, Integers, Menu, lower_hulls
+from tnc.planning.allocate import Floats, Integers, Menu, lower_hulls, spend_rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,26 @@ def fuse(menu: Menu, group: Integers, scheme: Integers) -> FusedMenu:
         choices += list(rows)
     first = np.concatenate([[0], np.cumsum([len(c) for c in costs])])
     return FusedMenu(Menu(first, np.concatenate(costs), np.concatenate(usages)), choices)
+
+
+def spend_rest_agreeing(menu: Menu, chosen: Integers, limit: float, group: Integers, scheme: Integers) -> Integers:
+    """`spend_rest` layer by layer, within the scheme that the group of a layer has taken.
+
+    Hull vertices are all that a fused unit offers; between them a single layer may still take what is left.
+
+    Args:
+        menu: options of single layers.
+        chosen: (layers,) one option each, agreeing in each group.
+        limit: of the usage.
+        group: (layers,) as in `fuse`.
+        scheme: (options,) as in `fuse`.
+    """
+    single = np.bincount(group)[group] == 1
+    kept = np.flatnonzero(single[menu.unit] | (scheme == scheme[chosen][menu.unit]))
+    first = np.searchsorted(kept, menu.first)
+    part = Menu(first, menu.cost[kept], menu.usage[kept])
+    found: Integers = kept[spend_rest(part, np.searchsorted(kept, chosen), limit)]
+    return found
 
 
 def _scheme_hulls(menu: Menu, scheme: Integers) -> dict[int, dict[int, Integers]]:

@@ -175,7 +175,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan, as written or edited: ``base``, ``rank`` and ``factors`` of a layer may be changed.
+        """Read a plan, as written or edited: ``base``, ``rank``, ``factors`` and ``shared`` of a layer may be changed.
 
         Raises:
             BudgetError: if the file is missing, no plan, of a newer version, or a layer names something that the
@@ -256,7 +256,7 @@ def _layer_to_json(layer: LayerPlan) -> dict[str, Any]:
 
 
 def _layer_from_json(name: str, fields: Mapping[str, Any], portfolio: Portfolio) -> LayerPlan:
-    choice = Choice(fields["base"], fields["rank"], fields["factors"])
+    choice = Choice(fields["base"], fields["rank"], fields["factors"], fields.get("shared", False))
     try:
         portfolio.check(choice)
     except BudgetError as error:
@@ -264,10 +264,12 @@ def _layer_from_json(name: str, fields: Mapping[str, Any], portfolio: Portfolio)
     limit = min(fields["shape"])
     if isinstance(choice.rank, bool) or not isinstance(choice.rank, int) or not 0 <= choice.rank <= limit:
         raise BudgetError(f"layer {name!r} has rank {choice.rank!r}; expected an integer from 0 to {limit}.")
-    rest = {k: v for k, v in fields.items() if k not in ("base", "rank", "factors", "shape")}
+    if not isinstance(choice.shared, bool):
+        raise BudgetError(f"layer {name!r} has shared {choice.shared!r}; expected true or false.")
+    rest = {k: v for k, v in fields.items() if k not in ("base", "rank", "factors", "shared", "shape")}
     return LayerPlan(choice, (fields["shape"][0], fields["shape"][1]), **rest)
 
 
 def _digest(layers: Mapping[str, LayerPlan]) -> str:
-    choices = [[name, layer.choice.base, layer.choice.rank, layer.choice.factors] for name, layer in layers.items()]
+    choices = [[name, *asdict(layer.choice).values()] for name, layer in layers.items()]
     return hashlib.sha256(json.dumps(choices).encode()).hexdigest()

@@ -23,7 +23,7 @@ from tnc.decompose import (
     Transform,
 )
 from tnc.errors import BudgetError, TNCError
-from tnc.formats import IntFormat, NumberFormat, format_from_spec
+from tnc.formats import IntFormat, NumberFormat, TrellisFormat, format_from_spec, number_format
 
 DENSE = "dense"
 NONE = "none"
@@ -38,15 +38,17 @@ class Choice:
         base: a name of the portfolio's bases; ``"none"`` is a low-rank term alone.
         rank: of the low-rank term; 0 is none.
         factors: a name of the portfolio's factor formats.
+        shared: whether the right factor is one tensor for all layers that see this layer's input.
     """
 
     base: str
     rank: int = 0
     factors: str = PLAIN
+    shared: bool = False
 
     def describe(self) -> str:
-        """For example ``int3-g64 + rank 16 @ 8``."""
-        term = f"rank {self.rank} @ {self.factors}"
+        """For example ``int3-g64 + rank 16 @ 8``, or ``int3-g64 + shared rank 16 @ 8``."""
+        term = f"{'shared ' if self.shared else ''}rank {self.rank} @ {self.factors}"
         if self.base == NONE:
             return term
         return self.base if self.rank == 0 else f"{self.base} + {term}"
@@ -77,6 +79,8 @@ class Portfolio:
         rank_step: ranks are multiples of it.
         max_rank: no larger one is tried; ranks that store as much as the dense layer never are.
         factor_ranks: the ranks tried with rounded factors, each of which is a fit of its own.
+        shared: whether one right factor for the layers that see one input is tried too, on bases without transforms:
+            with plain factors at every rank, with rounded ones at ``factor_ranks``.
     """
 
     bases: Mapping[str, Base]
@@ -84,6 +88,7 @@ class Portfolio:
     rank_step: int = 8
     max_rank: int = 512
     factor_ranks: tuple[int, ...] = (16, 32, 64)
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if not self.bases or not self.factors or self.rank_step < 1 or self.max_rank < 0:
@@ -94,10 +99,11 @@ class Portfolio:
 
     @classmethod
     def default(
-        cls, *, group_sizes: tuple[int | None, ...] = (64, None), factor_bits: tuple[int, ...] = (16, 4),
-        method: str = "gptq", refine: int = 0, transforms: tuple[Transform, ...] = (),
+        cls, *, group_sizes: tuple[int | None, ...] = (64, None), factor_bits: tuple[int, ...] = (16, 8, 4),
+        method: str = "gptq", refine: int = 0, transforms: tuple[Transform, ...] = (), formats: tuple[str, ...] = (),
+        shared: bool = True,
     ) -> Portfolio:  # fmt: skip
-        """Dense, int8, int4, int3 and int2 bases, low rank on them and alone, factors of 16 and 4 bits.
+        """Dense, int8, int4, int3 and int2 bases, low rank on them and alone, factors of 16, 8 and 4 bits.
 
         Args:
             group_sizes: input columns that share a scale, each an own base; ``None`` is one group a row, which fits
@@ -106,6 +112,12 @@ class Portfolio:
             method: of the integer bases, a name of `tnc.quant.QUANTIZERS`.
             refine: sweeps of refinement of the integer bases.
             transforms: around the integer bases below 8 bits and their low-rank terms.
+            formats: names of `tnc.formats.FORMATS` that are bases besides, each with its own group size. Trellises
+                are made for near Gaussian entries and are rotated on both sides; the others are as the integer bases.
+            shared: whether layers that see one input may share a right factor.
+
+        Raises:
+            FormatError: for an unknown format name.
         """
         bases = {DENSE: Base(DenseStage(), compensated=False), NONE: Base(None)}
         for bits in (8, 4, 3, 2):
@@ -114,8 +126,10 @@ class Portfolio:
                 name = f"int{bits}-row" if group is None else f"int{bits}-g{group}"
                 stage = QuantizeStage(IntFormat(bits, group_size=group), method=method, refine=sweeps)
                 bases[name] = Base(stage, compensated=bits < 8, transforms=around)
+        for name in formats:
+            bases[name] = _named_base(name, method, refine, transforms)
         factors = {str(b): None if b == int(PLAIN) else IntFormat(b) for b in factor_bits}
-        return cls(bases, factors)
+        return cls(bases, factors, shared=shared)
 
     def stages(self, choice: Choice, dtype: torch.dtype | None = None) -> tuple[Stage, ...]:
         """The stages that make a choice.
@@ -139,15 +153,21 @@ class Portfolio:
     def recipe(self, choice: Choice, dtype: torch.dtype | None = None) -> Recipe:
         """The choice as a recipe; arguments and errors as `stages`."""
         stages = self.stages(choice, dtype)
-        return Recipe(choice.describe(), stages, transforms=self.bases[choice.base].transforms)
+        around = self.bases[choice.base].transforms
+        return Recipe(choice.describe(), stages, transforms=around, shared_inputs=choice.shared)
 
     def check(self, choice: Choice) -> None:
-        """Raise `BudgetError` unless the portfolio has the names of a choice."""
+        """Raise `BudgetError` unless the portfolio has the names of a choice, and what is shared can be."""
         for kind, name, known in (("base", choice.base, self.bases), ("factor format", choice.factors, self.factors)):
             if name not in known:
                 raise BudgetError(
                     f"{kind} {name!r} is not in the portfolio of this plan; expected one of {', '.join(known)}."
                 )
+        if choice.shared and (not choice.rank or self.bases[choice.base].transforms):
+            raise BudgetError(
+                f"{choice.describe()} cannot share a right factor: that takes a rank of at least 1 and a base without "
+                "transforms, which differ by layer. Set shared to false."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able description.
@@ -159,6 +179,7 @@ class Portfolio:
             "bases": {name: _base_to_json(name, base) for name, base in self.bases.items()},
             "factors": {name: _format_to_json(each) for name, each in self.factors.items()},
             "rank_step": self.rank_step, "max_rank": self.max_rank, "factor_ranks": list(self.factor_ranks),
+            "shared": self.shared,
         }  # fmt: skip
 
     @classmethod
@@ -170,7 +191,16 @@ class Portfolio:
         """
         bases = {name: _base_from_json(name, each) for name, each in fields["bases"].items()}
         factors = {name: _format_from_json(name, each) for name, each in fields["factors"].items()}
-        return cls(bases, factors, int(fields["rank_step"]), int(fields["max_rank"]), tuple(fields["factor_ranks"]))
+        sizes = int(fields["rank_step"]), int(fields["max_rank"]), tuple(fields["factor_ranks"])
+        return cls(bases, factors, *sizes, shared=bool(fields.get("shared", False)))
+
+
+def _named_base(name: str, method: str, refine: int, transforms: tuple[Transform, ...]) -> Base:
+    """A base of a named format; a trellis codes whole columns, so it takes GPTQ's feedback and no refinement."""
+    format = number_format(name)
+    if isinstance(format, TrellisFormat):
+        return Base(QuantizeStage(format), transforms=(InputRotation(), OutputRotation()))
+    return Base(QuantizeStage(format, method=method, refine=refine), transforms=transforms)
 
 
 _TRANSFORMS: dict[str, type[InputRotation] | type[OutputRotation]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tnc.planning.constraints import Constraint, LargestError, allowed_options
 from tnc.planning.curve_table import CurveTable
 from tnc.planning.curves import Option
 from tnc.planning.exact import Limit, allocate_exactly
-from tnc.planning.fuse import fuse
+from tnc.planning.fuse import fuse, spend_rest_agreeing
 from tnc.planning.latency import LatencyTable
 from tnc.planning.plan import LayerPlan, Plan
 
@@ -123,7 +124,7 @@ class Problem:
         value = limits[0].value if len(limits) == 1 else 0.0
         menu = Menu(self.first, cost, usage)
         if len(limits) > 1 or self.rules.exact:
-            group, scheme = self._groups() if self.rules.fused else (None, None)
+            group, scheme = self._agreement or (None, None)
             found = allocate_exactly(menu, limits, group=group, scheme=scheme, seconds=self.rules.seconds)
         else:
             found = self._lagrangian(menu, value)
@@ -132,23 +133,42 @@ class Problem:
     def front(self) -> Front:
         """The whole trade-off of error against bits, with the fused groups as units."""
         menu = Menu(self.first, self.error, self.bits)
-        return front(fuse(menu, *self._groups()).menu if self.rules.fused else menu)
+        return front(menu if self._agreement is None else fuse(menu, *self._agreement).menu)
 
     def _lagrangian(self, menu: Menu, limit: float) -> Allocation:
-        if not self.rules.fused:
+        if self._agreement is None:
             return front(menu).allocate(limit)
-        fused = fuse(menu, *self._groups())
+        group, scheme = self._agreement
+        fused = fuse(menu, group, scheme)
         found = front(fused.menu).allocate(limit)
-        return Allocation(fused.layers(found.chosen), found.cost, found.usage, found.lower_bound, found.multiplier)
+        chosen = spend_rest_agreeing(menu, fused.layers(found.chosen), limit, group, scheme)
+        cost, usage = float(menu.cost[chosen].sum()), float(menu.usage[chosen].sum())
+        return Allocation(chosen, cost, usage, min(found.lower_bound, cost), found.multiplier)
 
-    def _groups(self) -> tuple[Integers, Integers]:
-        """(group of each layer, scheme of each option)."""
-        names = list(self.table.layers)
-        leader = {name: group[0] for group in self.table.groups for name in group}
+    @cached_property
+    def _agreement(self) -> tuple[Integers, Integers] | None:
+        """(group of each layer, scheme of each option) that agree: one base of fused layers, one shared factor.
+
+        A shared right factor is a scheme of its own, which all layers of a group take or none; of the other options
+        all are one scheme, unless fused kernels ask for one base. ``None`` where nothing has to agree.
+        """
+        names, fused = list(self.table.layers), self.rules.fused
+        sharing = {names[at] for at, option in zip(self._layer_of, self.options, strict=True) if option.choice.shared}
+        groups = [group for group in self.table.groups if fused or sharing.intersection(group)]
+        if not groups:
+            return None
+        leader = {name: group[0] for group in groups for name in group}
         numbers = {name: at for at, name in enumerate(dict.fromkeys(leader.get(n, n) for n in names))}
-        bases = list(self.table.portfolio.bases)
-        return (np.array([numbers[leader.get(n, n)] for n in names]),
-                np.array([bases.index(o.choice.base) for o in self.options]))  # fmt: skip
+        schemes = {base: at if fused else 0 for at, base in enumerate(self.table.portfolio.bases)}
+        sharers = dict.fromkeys(o.choice for o in self.options if o.choice.shared)
+        shared = {choice: len(schemes) + at for at, choice in enumerate(sharers)}
+        scheme = [shared[o.choice] if o.choice.shared else schemes[o.choice.base] for o in self.options]
+        return np.array([numbers[leader.get(n, n)] for n in names]), np.array(scheme)
+
+    @property
+    def _layer_of(self) -> Integers:
+        """(options,) the layer of each option."""
+        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
 
     def _limits(self, budget: Budget) -> list[Limit]:
         """What a budget bounds; nothing for `RelativeError`, which filters options."""

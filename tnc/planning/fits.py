@@ -1,0 +1,110 @@
+"""The bases of a portfolio fitted to one layer, once: curves, shared factors and plans all start from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnc.decompose import Target
+from tnc.decompose.transforms import Transform
+from tnc.errors import FormatError, check_matrix
+from tnc.planning.portfolio import Choice, Portfolio
+from tnc.planning.ruler import Ruler
+from tnc.stats import LayerStats
+from tnc.terms import Expression, Sum, dense64
+
+
+@dataclass(frozen=True, eq=False)
+class FittedBase:
+    """One base of one layer.
+
+    Attributes:
+        term: as stored; a term of rank 0 where the base stores nothing.
+        ruler: measures in its basis.
+    """
+
+    term: Expression
+    ruler: Ruler
+
+    @property
+    def residual(self) -> Tensor:
+        """(m, n) what the base leaves over, float64, in its basis."""
+        return self.ruler.weight - dense64(self.term)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFits:
+    """Everything that is fitted before ranks are looked at.
+
+    Attributes:
+        weight: (out_features, in_features).
+        stats: of the layer.
+        portfolio: what is tried.
+        dtype: of plain factors and dense layers.
+        bases: by name, those that fit the shape.
+        notes: which bases were left out, and why.
+    """
+
+    weight: Tensor
+    stats: LayerStats
+    portfolio: Portfolio
+    dtype: torch.dtype
+    bases: Mapping[str, FittedBase]
+    notes: tuple[str, ...]
+
+    @property
+    def limit(self) -> int:
+        """Bits of the smallest base that takes no low-rank term (int8, or dense): more is never worth a rank."""
+        single = [b.ruler.wrap(b.term).storage_bits for name, b in self.bases.items()
+                  if not self.portfolio.bases[name].compensated]  # fmt: skip
+        return min([self.weight.numel() * self.dtype.itemsize * 8, *single])
+
+    def operator(self, choice: Choice) -> Expression:
+        """What the recipe of a choice without sharing makes of the layer; the base is not fitted again.
+
+        Raises:
+            BudgetError: for names that the portfolio does not have, or a base that does not fit the shape.
+        """
+        stages = self.portfolio.stages(choice, self.dtype)
+        base = self.bases[choice.base]
+        if not choice.rank:
+            return base.ruler.wrap(base.term)
+        alone = self.portfolio.bases[choice.base].stage is None
+        spent = 0 if alone else base.term.storage_bits
+        term = stages[-1].fit(Target(base.residual, base.ruler.source, base.ruler.stats, spent)).term
+        return base.ruler.wrap(term if alone else Sum((base.term, term)))
+
+
+def fit_bases(
+    weight: Tensor, stats: LayerStats, portfolio: Portfolio, *, dtype: torch.dtype | None = None
+) -> LayerFits:
+    """Every base of the portfolio, fitted to one layer.
+
+    Args:
+        weight: (out_features, in_features), any float dtype.
+        stats: its calibration statistics.
+        portfolio: a base that does not fit the shape is left out with a note.
+        dtype: of plain factors and dense layers; ``None`` is that of the weight.
+
+    Raises:
+        ShapeError, NonFiniteError, StatsError: for a bad weight or statistics of another layer.
+
+    Cost: one fit a base.
+    """
+    check_matrix(weight, "weight")
+    stats.check_weight(weight)
+    rulers: dict[tuple[Transform, ...], Ruler] = {}
+    bases, notes = {}, []
+    for name, base in portfolio.bases.items():
+        if base.transforms not in rulers:
+            rulers[base.transforms] = Ruler(weight, base.transforms, stats)
+        ruler = rulers[base.transforms]
+        (stage,) = portfolio.stages(Choice(name), dtype)
+        try:
+            bases[name] = FittedBase(stage.fit(Target(ruler.weight, ruler.source, ruler.stats, 0)).term, ruler)
+        except FormatError as error:
+            notes.append(f"{name} left out: {error}")
+    return LayerFits(weight, stats, portfolio, dtype or weight.dtype, bases, tuple(notes))

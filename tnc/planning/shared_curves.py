@@ -1,0 +1,176 @@
+"""Options with one right factor for the layers that see one input (q, k and v; gate and up).
+
+Such an option is chosen by all layers of its group or by none; its error and its share of the bits are those of each
+layer, so that they add up as those of every other option do (MATH.md section 3, `tnc.decompose.shared`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnc.decompose.factors import FactorFormats, quantize_shared_factors
+from tnc.decompose.shared import charged_bits, shared_factors
+from tnc.planning.allocate import Menu, front
+from tnc.planning.curves import ErrorCurve, LayerCurves, Option, curves_of
+from tnc.planning.fits import FittedBase, LayerFits, fit_bases
+from tnc.planning.portfolio import PLAIN, Choice, Portfolio
+from tnc.stats import LayerStats
+from tnc.terms import Expression, LowRank, Product, Sum, dense64
+
+Hull = Callable[[int], float]
+Options = list[list[Option]]  # of each layer of the group, by rising rank
+
+
+def input_groups(stats: Mapping[str, LayerStats]) -> list[list[str]]:
+    """Layer names that share one `Moments` object, which is how `calibrate` says that they see one input."""
+    found: dict[int, list[str]] = {}
+    for name, each in stats.items():
+        found.setdefault(id(each.inputs), []).append(name)
+    return list(found.values())
+
+
+def measure_groups(
+    weights: Sequence[Tensor], stats: Sequence[LayerStats], portfolio: Portfolio, *, dtype: torch.dtype | None = None
+) -> list[LayerCurves]:
+    """Every option of layers that see one input: each one's own, and those with a shared right factor.
+
+    Args:
+        weights: (m_i, n) each.
+        stats: of each, with one and the same ``inputs`` object.
+        portfolio: what is tried; without ``shared`` this is `tnc.planning.measure_curves` layer by layer.
+        dtype: of plain factors and dense layers; ``None`` is that of the first weight.
+
+    Raises:
+        ShapeError, NonFiniteError, StatsError: as `tnc.planning.measure_curves`.
+
+    Shared options that are not below the hull of the layers' own are left out: no plan would take them. Rounded factors
+    are only made where plain ones of that rank, at the bits of the rounded, would be below it.
+
+    Cost: beside the layers' own curves one eigenproblem of size n for each compensated base without transforms, and one
+    rounding for each rank and format that can still pay.
+    """
+    fits = [fit_bases(w, s, portfolio, dtype=dtype) for w, s in zip(weights, stats, strict=True)]
+    curves = [curves_of(each) for each in fits]
+    if not portfolio.shared or len(fits) < 2:
+        return curves
+    extra = _shared_curves(fits, _hull(curves))
+    return [replace(own, curves=(*own.curves, *more)) for own, more in zip(curves, extra, strict=True)]
+
+
+def _hull(curves: Sequence[LayerCurves]) -> Hull:
+    """What the layers' own options cost together at best, at given bits of all of them."""
+    options = [option for each in curves for option in each.options]
+    first = np.concatenate([[0], np.cumsum([len(each.options) for each in curves])])
+    cost, bits = np.array([_cost(o) for o in options]), np.array([float(o.bits) for o in options])
+    found = front(Menu(first, cost, bits))
+    return lambda used: math.inf if used < found.usage[0] else float(np.interp(used, found.usage, found.cost))
+
+
+def _cost(option: Option) -> float:
+    """What a planner would minimise."""
+    return option.heldout_error**2 if math.isnan(option.heldout_nats) else option.heldout_nats
+
+
+def _shared_curves(fits: Sequence[LayerFits], hull: Hull) -> list[list[ErrorCurve]]:
+    portfolio = fits[0].portfolio
+    found: list[list[ErrorCurve]] = [[] for _ in fits]
+    for name, base in portfolio.bases.items():
+        if not base.compensated or base.transforms or any(name not in each.bases for each in fits):
+            continue
+        group = _Group(fits, name, [each.bases[name] for each in fits])
+        plain = group.plain()
+        tails = {options[0].choice.rank: sum(map(_cost, options)) for options in zip(*plain, strict=True)}
+        by_format = {PLAIN: plain} | {f: group.rounded(f, tails, hull) for f in portfolio.factors if f != PLAIN}
+        for factors, layers in by_format.items():
+            kept = [o for o in zip(*layers, strict=True) if sum(map(_cost, o)) < hull(sum(each.bits for each in o))]
+            for at, options in enumerate(zip(*kept, strict=True)):
+                found[at].append(ErrorCurve(name, factors, options, shared=True))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """One base of every layer of a group."""
+
+    fits: Sequence[LayerFits]
+    name: str
+    bases: Sequence[FittedBase]
+
+    @property
+    def portfolio(self) -> Portfolio:
+        return self.fits[0].portfolio
+
+    @property
+    def rows(self) -> int:
+        return sum(len(each.weight) for each in self.fits)
+
+    @property
+    def largest(self) -> int:
+        """The largest rank that every layer has."""
+        return min(self.portfolio.max_rank, *(min(each.weight.shape) for each in self.fits))
+
+    @property
+    def rest(self) -> int:
+        """Bits left for factors below the limit of all layers together."""
+        alone = self.portfolio.bases[self.name].stage is None
+        return sum(f.limit - (0 if alone else b.term.storage_bits) for f, b in zip(self.fits, self.bases, strict=True))
+
+    def plain(self) -> Options:
+        """Factors in the model's dtype, at every rank of the portfolio that stores less than the limit."""
+        dtype = self.fits[0].dtype
+        per_rank = (self.rows + self.fits[0].weight.shape[1]) * dtype.itemsize * 8
+        ranks = range(self.portfolio.rank_step, min(self.largest, -(-self.rest // per_rank) - 1) + 1,
+                      self.portfolio.rank_step)  # fmt: skip
+        if not ranks:
+            return [[] for _ in self.fits]
+        lefts, right = self._factors(ranks[-1])
+        right = right.to(dtype)
+        terms = [LowRank(left.to(dtype), right) for left in lefts]
+        errors = [b.ruler.prefix_errors(b.residual, t) for b, t in zip(self.bases, terms, strict=True)]
+        found: Options = [[] for _ in self.fits]
+        for k in ranks:
+            shared = right[:k]
+            bits = self._bits([LowRank(t.left[:, :k], shared) for t in terms])
+            for at, stored in enumerate(bits):
+                found[at].append(Option(Choice(self.name, k, shared=True), stored, *(float(e[k]) for e in errors[at])))
+        return found
+
+    def rounded(self, factors: str, tails: Mapping[int, float], hull: Hull) -> Options:
+        """Factors in a number format, each rank rounded and measured where its tail is below the hull."""
+        format = self.portfolio.factors[factors]
+        assert format is not None, "only the model's dtype has no format"
+        formats, columns = FactorFormats.of(format), self.fits[0].weight.shape[1]
+        found: Options = [[] for _ in self.fits]
+        ranks = [
+            k
+            for k in self.portfolio.factor_ranks
+            if k <= self.largest and formats.fits(k) and formats.stored_bits((self.rows, columns), k) < self.rest
+        ]
+        if not ranks:
+            return found
+        lefts, right = self._factors(max(ranks))
+        residuals, metrics = [b.residual for b in self.bases], [b.ruler.metric for b in self.bases]
+        for k in ranks:
+            made = quantize_shared_factors(
+                residuals, [left[:, :k] for left in lefts], right[:k], metrics, formats, method="gptq"
+            )
+            terms = [Product((left, made.right)) for left in made.lefts]
+            for at, stored in enumerate(self._bits(terms)):
+                errors = self.bases[at].ruler.errors(residuals[at] - dense64(terms[at]))
+                found[at].append(Option(Choice(self.name, k, factors, shared=True), stored, *errors))
+        return found
+
+    def _factors(self, rank: int) -> tuple[list[Tensor], Tensor]:
+        return shared_factors([b.residual for b in self.bases], [b.ruler.metric for b in self.bases], rank)
+
+    def _bits(self, terms: Sequence[Expression]) -> list[int]:
+        """What each layer is charged."""
+        if self.portfolio.bases[self.name].stage is None:
+            return charged_bits(terms)
+        return charged_bits([Sum((b.term, t)) for b, t in zip(self.bases, terms, strict=True)])
