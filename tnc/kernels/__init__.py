@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from tnc.kernels import einsum, mpo, reference
+from tnc.kernels import einsum, mpo, qlr_cpu, reference
 from tnc.kernels.einsum import Plan, plan
 from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, backends, choose, register_kernel
 
@@ -21,6 +21,7 @@ __all__ = [
     "einsum",
     "mpo",
     "plan",
+    "qlr_cpu",
     "reference",
     "register_kernel",
 ]
