@@ -48,11 +48,12 @@ def _launch(x: Tensor, signs: Tensor, factors: tuple[int, ...], inverse: bool) -
     left, right = (_signs_matrix(side, x.device) for side in found)
     blocks = x.shape[-1] // (p * q)
     y = torch.empty_like(x)
-    wide = tile_of(p)
+    wide, exact = tile_of(p), x.dtype == torch.float32
+    deep = 32 if exact else 64  # columns and rows in flight fit 227 KB of shared memory
     pdl = overlaps(x.device)
     hadamard_kernel[(x.shape[0] * blocks, ceil(q / _COLUMNS))](
-        x, signs, left, right, y, (p * q) ** -0.5, blocks, p, q, wide, min(64, tile_of(q)), _COLUMNS, min(64, wide),
-        inverse, x.dtype == torch.float32, INTERPRETED, pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
+        x, signs, left, right, y, (p * q) ** -0.5, blocks, p, q, wide, min(deep, tile_of(q)), _COLUMNS, min(deep, wide),
+        inverse, exact, INTERPRETED, pdl, num_warps=4, num_stages=2, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y
 
