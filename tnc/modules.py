@@ -219,6 +219,10 @@ class FactoredLinear(nn.Module):
         self._repacked = True
         for name in self._packed:
             self.register_buffer(_packed(name), packed[name], persistent=False)
+        for stored in [stored for stored, buffer in self._buffers.items() if buffer is None]:
+            self._buffers[stored] = self._buffers.pop(
+                stored
+            )  # last: torch.export 2.13 miscounts empty ones before others
 
     def _unpack(self) -> None:
         """Hold the operator's tensors again."""

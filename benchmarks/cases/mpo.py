@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.registry import Problem, case
 from tnc import FactoredLinear, Mpo, tt_svd
+from tnc.kernels.kept import SLOT
 from tnc.networks import balanced_modes, from_tensorly, site_modes
 from tnc.networks.modes import Modes
 from tnc.terms import dense64
@@ -83,32 +84,39 @@ def tt_svd_wide() -> Problem:
     return _decompose(gaussian(4096, 11008), outs, ins, rank=64)
 
 
-_LETTERS = {2: "tij,aoib,bpjc->top", 3: "tijk,aoib,bpjc,cqkd->topq"}
+LETTERS = {2: "tij,aoib,bpjc->top", 3: "tijk,aoib,bpjc,cqkd->topq"}
 
 
-def _forward(tokens: int, cores: int, rank: int, size: int = 4096) -> Problem:
+def _forward(tokens: int, cores: int, rank: int, columns: int = 4096, rows: int = 4096) -> Problem:
     generator = torch.Generator().manual_seed(0)
-    outs, ins = site_modes((size, size), cores)
-    ranks = [1, *[rank] * (cores - 1), 1]
-    shapes = [(ranks[k], outs[k], ins[k], ranks[k + 1]) for k in range(cores)]
-    operator = Mpo(tuple(torch.randn(s, generator=generator) / (s[0] * s[2]) ** 0.5 for s in shapes))
-    x = torch.randn(tokens, size, generator=generator)
+    operator = random_mpo(rows, columns, cores, rank)
+    x = torch.randn(tokens, columns, generator=generator)
     expected = x.double() @ dense64(operator).T
-    dense = torch.nn.Linear(size, size, bias=False)
+    dense = torch.nn.Linear(columns, rows, bias=False)
     dense.weight.data.copy_(operator.to_dense())
+    SLOT.release()  # that of the case before
     planned = FactoredLinear(operator)
 
     def einsum() -> Tensor:
-        result: Tensor = torch.einsum(_LETTERS[cores], x.reshape(tokens, *ins), *operator.cores)
-        return result.reshape(tokens, size)
+        result: Tensor = torch.einsum(LETTERS[cores], x.reshape(tokens, *operator.in_modes), *operator.cores)
+        return result.reshape(tokens, rows)
 
     ways = {"dense nn.Linear": partial(_run, dense, x), "torch.einsum": einsum, "tnc mpo": partial(_run, planned, x)}
     return Problem(
         ways=ways,
         errors=lambda y: {"relative error": float((y - expected).norm() / expected.norm())},
         limit={"relative error": 1e-5},
-        repeats=5,
+        repeats=9 if tokens <= 16 else 5,
     )
+
+
+def random_mpo(rows: int, columns: int, cores: int, rank: int) -> Mpo:
+    """Normal cores, all bonds alike."""
+    generator = torch.Generator().manual_seed(0)
+    outs, ins = site_modes((rows, columns), cores)
+    ranks = [1, *[rank] * (cores - 1), 1]
+    shapes = [(ranks[k], outs[k], ins[k], ranks[k + 1]) for k in range(cores)]
+    return Mpo(tuple(torch.randn(s, generator=generator) / (s[0] * s[2]) ** 0.5 for s in shapes))
 
 
 def _run(module: torch.nn.Module, x: Tensor) -> Tensor:
@@ -119,6 +127,8 @@ def _run(module: torch.nn.Module, x: Tensor) -> Tensor:
 
 for _d, _rank in ((2, 16), (2, 64), (3, 16), (3, 64)):
     for _tokens in (1, 16, 256):
-        case(f"mpo-{_d}-{_rank}-{_tokens}", f"4096×4096, {_d} cores of bond {_rank}, {_tokens} tokens, float32")(
-            partial(_forward, _tokens, _d, _rank)
+        _words = f"{_d} cores of bond {_rank}, {_tokens} tokens, float32"
+        case(f"mpo-{_d}-{_rank}-{_tokens}", f"4096×4096, {_words}")(partial(_forward, _tokens, _d, _rank))
+        case(f"mpo-{_d}-{_rank}-{_tokens}-wide", f"4096×11008, {_words}")(
+            partial(_forward, _tokens, _d, _rank, columns=11008)
         )

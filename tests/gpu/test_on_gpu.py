@@ -11,10 +11,11 @@ from kernels.triton_cases import ROUNDING, Case, answer, check, inputs, low_rank
 
 from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels import mpo2, qlr
+from tnc.kernels.hadamard import hadamard
 from tnc.kernels.qlr_launch import Packed, rebuild, vector
 from tnc.kernels.qlr_ops import dense
 from tnc.modules import FactoredLinear
-from tnc.terms import Mpo
+from tnc.terms import Hadamard, Mpo
 
 BRAIN = torch.bfloat16
 FRESH = 50
@@ -142,3 +143,32 @@ def test_small_under_the_sanitizer():
         check(low_rank_row, low_rank(70, 100, 20, dtype=BRAIN), inputs(tokens, 100, BRAIN))
     case = two_cores()
     assert answer(mpo2, case, inputs(3, 32 * 64, BRAIN)).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [156, 4096, 11008, 13824, 14336, 53248])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [BRAIN, torch.float16, torch.float32])
+def test_rotations_of_real_sizes(size, inverse, dtype):
+    term = Hadamard.random(size)
+    term = Hadamard(term.signs.cuda(), size, term.factors, inverse)
+    for tokens in (1, 3, 64):
+        x = inputs(tokens, size, dtype, seed=tokens)
+        y = hadamard(x, term.signs, term.factors, inverse)
+        assert torch.equal(y, hadamard(x, term.signs, term.factors, inverse))
+        exact = term.linear(x.double())
+        assert ((y.double() - exact).norm(dim=-1) <= ROUNDING[dtype] / 2 * exact.norm(dim=-1)).all()
+
+
+def test_an_exported_module_runs_the_fused_kernels():
+    module = FactoredLinear(q_plus_lr(640, 512, 4, group=128, rank=16, dtype=BRAIN).operator).to("cuda", BRAIN)
+    x = inputs(3, 512, BRAIN)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(module, (x,)).module()(x), module(x))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_runs_its_own_layers():
+    case = q_plus_lr(640, 512, 4, group=128, rank=16, dtype=BRAIN)
+    here, there = (FactoredLinear(case.operator).to(f"cuda:{k}", BRAIN) for k in (0, 1))
+    x = inputs(3, 512, BRAIN)
+    assert torch.equal(there(x.to("cuda:1")).to("cuda:0"), here(x))

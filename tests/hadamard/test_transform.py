@@ -15,7 +15,7 @@ from tnc.hadamard.transform import _radices
 REAL = {
     256: 256, 352: 352, 704: 704, 768: 768, 896: 896, 1408: 1408, 4096: 4096, 4864: 4864, 5504: 5504, 8960: 8960,
     11008: 11008, 13824: 13824, 14336: 14336, 14848: 14848, 18944: 18944, 27648: 27648, 28672: 28672,
-    29568: 29568, 53248: 53248, 13696: 128, 13: 1, 26: 2, 156: 52, 97: 1, 1: 1, 2: 2, 12: 12,
+    29568: 29568, 53248: 53248, 13696: 128, 13: 1, 26: 2, 156: 156, 624: 624, 97: 1, 1: 1, 2: 2, 12: 12,
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_cost_is_n_log_n():
     assert _radices((512, 28)) == (32, 16, 28) and _radices((2, 1)) == (2,) and _radices((1,)) == ()
 
 
-@pytest.mark.parametrize(("size", "factors"), [(13, None), (6, (4,)), (156, None)])
+@pytest.mark.parametrize(("size", "factors"), [(13, None), (6, (4,)), (188, None)])
 def test_sizes_without_a_matrix_are_refused(size, factors):
     with pytest.raises(ShapeError, match=r"hadamard_transform got x of shape .* Take the factors from"):
         hadamard_transform(torch.zeros(2, size), factors)

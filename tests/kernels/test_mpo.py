@@ -7,14 +7,26 @@ from hypothesis import strategies as st
 
 from tnc import FactoredLinear
 from tnc.errors import BackendError
-from tnc.kernels import choose, mpo
+from tnc.kernels import choose, mpo_prices
 from tnc.kernels.costs import Costs, costs_of
-from tnc.kernels.mpo import Path, Rebuild, Sweep, candidates, plan_mpo
+from tnc.kernels.kept import SLOT, fingerprint
+from tnc.kernels.mpo import plan_mpo
+from tnc.kernels.mpo_prices import candidates
+from tnc.kernels.mpo_ways import Keep, Path, Rebuild, Sweep
 from tnc.networks import balanced_modes
 from tnc.terms import Dense, LowRank, Mpo, Sum, cast, dense64
 from tnc.testing import mpos
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    SLOT.release()
+    yield
+    SLOT.release()
+
+
 FEW = settings(max_examples=max(settings.default.max_examples // 4, 10))
 
 
@@ -72,8 +84,9 @@ def test_the_choice_depends_on_tokens_and_is_explained():
     module = FactoredLinear(operator(1024, 1024, 2, 48))
     text = module.explain()
     assert "mpo: chosen" in text
-    assert "up to 4 tokens: sweep" in text
+    assert "up to 2 tokens: sweep" in text
     assert "no permutation" in text
+    assert "keeps the dense weight (one operator a process; others: sweep" in text
     assert "rebuilds the weight in blocks" in text
 
 
@@ -83,10 +96,8 @@ def test_predicted_times_decide_not_flops():
     chosen = plan_mpo(a, "", 4096)
     assert chosen.seconds == min(plan.seconds for plan in found)
     dear = operator(512, 512, 3, 16)
-    assert any(
-        plan_mpo(dear, "", tokens).flops > min(plan.flops for plan in candidates(dear, "", tokens))
-        for tokens in (1, 4, 16, 64, 256, 1024)
-    )
+    ways = [[p for p in candidates(dear, "", 2**k) if not isinstance(p, Keep)] for k in range(11)]
+    assert any(min(w, key=lambda p: p.seconds).flops > min(p.flops for p in w) for w in ways)
 
 
 def test_the_largest_intermediate_respects_the_limit(monkeypatch):
@@ -101,7 +112,7 @@ def test_the_largest_intermediate_respects_the_limit(monkeypatch):
         return max(sizes)
 
     limit = 2**20
-    monkeypatch.setattr(mpo, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(mpo_prices, "MEMORY_LIMIT", limit)
     assert all(largest(plan) <= limit for plan in candidates(a, "", tokens))
     assert any(isinstance(plan, Sweep) and plan.slice for plan in candidates(a, "", tokens))
 
@@ -123,11 +134,111 @@ class Spy(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_rebuild_never_holds_the_whole_weight():
     a = operator(512, 512, 2, 4)
     plan = next(plan for plan in candidates(a, "", 4) if isinstance(plan, Rebuild))
-    blocks = Rebuild(plan.names, 2, plan.features, 0.0, 0.0)
+    blocks = Rebuild(plan.names, 1, 2, plan.features, 0.0, 0.0)
     sizes = []
     with Spy(sizes):
         blocks(torch.randn(4, 512), a.tensors())
     assert max(sizes) < 512 * 512 * 4 / 4
+
+
+def keep_of(a, tokens):
+    found = candidates(a, "", tokens)
+    rebuild = next(plan for plan in found if isinstance(plan, Rebuild))
+    other = next(plan for plan in found if isinstance(plan, Sweep))
+    return Keep(rebuild, other, 0.0, 0.0)
+
+
+def agrees(plan, a, x):
+    torch.testing.assert_close(plan(x, a.tensors()), x @ a.to_dense().T.to(x.dtype), rtol=1e-4, atol=1e-4)
+
+
+@given(a=mpos(), data=st.data())
+@FEW
+def test_a_kept_weight_computes_the_same_map(a, data):
+    if len(a.cores) < 2:
+        return
+    a = cast(a, torch.float64)
+    plan = keep_of(a, 3)
+    x = torch.randn(3, a.shape[1], dtype=torch.float64)
+    expected = x @ dense64(a).T
+    SLOT.release()
+    for rebuild in (plan.rebuild, *(p for p in candidates(a, "", 3) if isinstance(p, Rebuild))):
+        SLOT.release()
+        again = Keep(rebuild, plan.other, 0.0, 0.0)
+        for _ in range(2):
+            torch.testing.assert_close(
+                again(x, a.tensors()), expected, rtol=0, atol=1e-10 * max(float(expected.abs().max()), 1)
+            )
+
+
+def test_one_weight_is_kept_and_used_again(monkeypatch):
+    a, b = operator(24, 30, 3, 4), operator(20, 30, 2, 3)
+    x = torch.randn(5, 30)
+    built = []
+    original = Rebuild.weight
+    monkeypatch.setattr(Rebuild, "weight", lambda self, *args: built.append(self) or original(self, *args))
+    first, second = keep_of(a, 5), keep_of(b, 5)
+    for _ in range(3):
+        agrees(first, a, x)
+        agrees(second, b, x)
+    assert built == [first.rebuild]
+    tensors = a.tensors()
+    del a
+    agrees(second, b, x)
+    assert built == [first.rebuild]
+    del tensors
+    agrees(second, b, x)
+    assert built == [first.rebuild, second.rebuild]
+
+
+@pytest.mark.parametrize("core", range(3))
+def test_an_edit_of_a_core_is_seen_however_it_is_done(core):
+    a = operator(24, 30, 3, 4)
+    x = torch.randn(5, 30)
+    plan = keep_of(a, 5)
+    agrees(plan, a, x)
+    a.cores[core].data[..., 0] += 1e-3
+    agrees(plan, a, x)
+    a.cores[core].data.copy_(a.cores[core].flip(1))
+    agrees(plan, a, x)
+    a.cores[core].data.copy_(a.cores[core].flip(2))
+    agrees(plan, a, x)
+    assert plan(x.double(), a.tensors()).dtype == torch.float64
+
+
+def test_a_fingerprint_sees_every_single_entry():
+    tensor = torch.randn(3, 5, 7, 2)
+    before = fingerprint(tensor)
+    for place in range(tensor.numel()):
+        changed = tensor.clone()
+        changed.view(-1)[place] = torch.nextafter(changed.view(-1)[place], torch.tensor(9.0))
+        assert not torch.equal(fingerprint(changed), before)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        assert fingerprint(tensor.to(dtype)).dtype == torch.int64
+
+
+def test_trained_cores_are_never_kept():
+    a = cast(operator(6, 8, 3, 2), torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    plan = keep_of(a, 3)
+    cores = [core.requires_grad_() for core in a.cores]
+    call = lambda x, *cores: plan(x, {f"core{k}": core for k, core in enumerate(cores)})  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, *cores))
+    with torch.no_grad():
+        agrees(plan, a, x)
+    for core in cores:
+        core.requires_grad_(False)
+    assert torch.autograd.gradcheck(lambda x: call(x, *cores), (x,))
+
+
+def test_a_kept_weight_is_made_without_a_second_one():
+    a = operator(512, 512, 2, 4)
+    plan = keep_of(a, 4)
+    plan = Keep(Rebuild(plan.rebuild.names, 1, 2, (512, 512), 0.0, 0.0), plan.other, 0.0, 0.0)
+    sizes = []
+    with Spy(sizes):
+        plan(torch.randn(4, 512), a.tensors())
+    assert sum(size >= 512 * 512 * 4 / 4 for size in sizes if size != 512 * 512 * 4) == 0
 
 
 def test_a_sum_plans_its_terms_apart():
@@ -137,7 +248,7 @@ def test_a_sum_plans_its_terms_apart():
     assert next(c.name for c in report if c.chosen) == "mpo"
     x = torch.randn(2, 3, 30)
     torch.testing.assert_close(bound(x, total.tensors()), total.linear(x), rtol=1e-4, atol=1e-4)
-    assert isinstance(plan_mpo(a, "0.", 3), Sweep | Path | Rebuild)
+    assert isinstance(plan_mpo(a, "0.", 3), Sweep | Path | Rebuild | Keep)
 
 
 def test_padding_is_cut_and_added():

@@ -2,12 +2,12 @@
 
 from importlib.util import find_spec
 
-from tnc.kernels import einsum, mpo, reference
+from tnc.kernels import einsum, mpo, qlr_cpu, reference
 from tnc.kernels.einsum import Plan, plan
 from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, backends, choose, register_kernel
 
 if find_spec("triton") is not None:  # the optional rows of the table
-    from tnc.kernels import low_rank, mpo2, qlr  # noqa: F401
+    from tnc.kernels import hadamard, low_rank, mpo2, qlr  # noqa: F401
 
 __all__ = [
     "Bound",
@@ -21,6 +21,7 @@ __all__ = [
     "einsum",
     "mpo",
     "plan",
+    "qlr_cpu",
     "reference",
     "register_kernel",
 ]

@@ -17,6 +17,8 @@ _ROW_FLOPS: dict[str, Callable[[Spec], float]] = {
     "permutation": lambda spec: spec["shape"][0],
     "selection": lambda spec: spec["shape"][0],
 }
+FUSED: dict[str, Callable[[Spec, Tensors, Tensor], Tensor]] = {}
+"""(spec, tensors, x) to the answer in one launch on a GPU, by kind; filled by the kernels that do it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class Applied:
 
     def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
         """(tokens, in_features) to (tokens, out_features), in the dtype of ``x``."""
-        return from_spec(self.spec, {inner: tensors[outer] for inner, outer in self.names}).linear(x)
+        own = {inner: tensors[outer] for inner, outer in self.names}
+        if x.device.type == "cuda" and self.spec["kind"] in FUSED:
+            return FUSED[self.spec["kind"]](self.spec, own, x)
+        return from_spec(self.spec, own).linear(x)
 
     def describe(self) -> str:
         """The kind of the leaf."""
