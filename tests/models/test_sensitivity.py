@@ -24,14 +24,16 @@ def problem():
 def test_rows_are_what_decompose_says(problem):
     model, stats = problem
     seen = []
-    found = sensitivity(model, stats, LowRankStage, [2, BitsPerWeight(16), 7], progress=lambda *a: seen.append(a))
-    assert found.layers == ("0", "1") and found.sizes == ("2", "BitsPerWeight 16", "7")
+    found = sensitivity(model, stats, LowRankStage, [2, BitsPerWeight(16), 7, 4], progress=lambda *a: seen.append(a))
+    assert found.layers == ("0", "1") and found.sizes == ("2", "BitsPerWeight 16", "7", "4")
     expected = decompose(model[1].weight.detach(), (LowRankStage(2),), stats["1"]).report
-    row = found.rows[3]
+    row = found.rows[4]
     assert (row.layer, row.relative_error, row.predicted_nats) == ("1", expected.relative_error, None)
-    assert found.grid("relative_error")[1][2] is None, "rank 7 does not exist for 6 x 12"
-    assert found.grid("relative_error")[0][2] < found.grid("relative_error")[0][0]
-    assert seen[-1] == ("sensitivity", 6, 6) and found.to_json()["rows"][3]["layer"] == "1"
+    errors = found.grid("relative_error")
+    assert errors[1][2] is None, "rank 7 does not exist for 6 x 12"
+    assert errors[0][2] is None, "rank 7 is above the useful limit of 12 x 8"
+    assert errors[0][3] < errors[0][0]
+    assert seen[-1] == ("sensitivity", 8, 8) and found.to_json()["rows"][4]["layer"] == "1"
     assert label(3) == "3"
 
 

@@ -18,6 +18,10 @@ MEMORY_LIMIT = 2**28
 """Bytes that the largest intermediate of a plan, or the kept weight, may take; sweep and rebuild can always be sliced
 below it."""
 
+KEPT_LEAST = 2**20
+"""Entries of the smallest weight that is kept: below it no call takes long, and the choice of a way must not depend on
+which operator asked first."""
+
 Shape = tuple[int, int, int, int]
 _MEMORY_IS_WORTH = 0.95  # a weight is kept where that takes less than this share of the time of every other way
 
@@ -127,7 +131,10 @@ def _keep(
 ) -> Keep | None:
     """The kept weight, on CPU, where it fits the limit and is worth its memory."""
     rows, columns = mpo.shape
-    fits = rows * columns * costs.itemsize <= MEMORY_LIMIT and mpo.cores[0].device.type in ("cpu", "meta")
+    fits = KEPT_LEAST <= rows * columns <= MEMORY_LIMIT // costs.itemsize and mpo.cores[0].device.type in (
+        "cpu",
+        "meta",
+    )
     seconds = costs.product(rows, columns, tokens, 1) + costs.moved(rows * columns, tokens * columns, tokens * rows)
     seconds += costs.checked(mpo.params)
     if not fits or seconds > _MEMORY_IS_WORTH * other.seconds:
