@@ -138,6 +138,20 @@ def wait_for(counter, target):
 
 
 @triton.jit
+def handed_over(counters, producers, consumers):
+    """Wait until all ``producers`` have published; whether they have. What they stored may be read after it.
+
+    ``counters[0]`` counts the producers, ``counters[1]`` the programs that saw them all. Each of ``consumers``
+    programs calls this once, and the last of them leaves both counters at zero: nobody polls them any more.
+    """
+    fine = wait_for(counters, producers)
+    if tl.atomic_add(counters + 1, 1, sem="relaxed") == consumers - 1:
+        tl.atomic_xchg(counters, 0, sem="relaxed")
+        tl.atomic_xchg(counters + 1, 0, sem="relaxed")
+    return fine
+
+
+@triton.jit
 def publish(counter):
     """Release what the whole program stored, and count it; the count before."""
     tl.debug_barrier()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of
-from tnc.kernels.qlr_kernels import qlr_tile, qlr_vector
+from tnc.kernels.qlr_tile_kernel import qlr_tile
+from tnc.kernels.qlr_vector_kernel import qlr_vector
 from tnc.kernels.rebuild_kernels import rebuild_qlr
 from tnc.kernels.tuned import predicted, tuned
 from tnc.kernels.words import unit_of

@@ -1,0 +1,163 @@
+"""Device code of ``y = dequant(Q) x + L (R x)`` in one launch, one or two tokens by float32 FMA.
+
+Programs with low ids make ``t = R x`` and publish it; the others stream the codes, and the last K split of a
+column block adds ``L t`` to its part. With several splits the parts go to a workspace, and the last program of a
+column block to arrive adds them in a fixed order: results do not depend on the order of arrival. Counters are
+left at zero, so a graph can be replayed.
+"""
+
+# ruff: noqa: ANN001, ANN201, RUF005, SIM102, SIM108 -- device code, which Triton reads in its own way
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tnc.kernels.decode import grid_wait, handed_over, lifted, nibbles, publish, scale_and_zero
+from tnc.kernels.factor_kernels import first_of_t, left_rows, left_vector, produce_vector
+
+
+@triton.jit
+def inputs(x, unit, last, K: tl.constexpr, EVEN: tl.constexpr, UC: tl.constexpr, H: tl.constexpr, UNIT: tl.constexpr):
+    """float32 x as the words need it: for each code of a half word, the even and the odd columns (UC, 1, 16)."""
+    values = ()
+    h = tl.max_contiguous(tl.arange(0, 32)[None, None, :], (1, 1, 8))
+    for c in tl.static_range(H):
+        k = tl.max_contiguous(unit * UNIT + 32 * c + h, (1, 1, 8))
+        if EVEN:
+            pair = tl.load(x + k)
+        else:
+            pair = tl.load(x + k, mask=(unit < last) & (k < K), other=0.0)
+        even, odd = tl.split(tl.reshape(pair.to(tl.float32), (UC, 1, 16, 2)))
+        values = values + (even, odd)
+    return values
+
+
+@triton.jit
+def part(w, h, gw, xs, one, JG: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr,
+         BN: tl.constexpr, UC: tl.constexpr):  # fmt: skip
+    """``sum(scale (code - zero) x)`` over the codes of a thread's words: (BN,)."""
+    STEP: tl.constexpr = 4 if BITS == 3 else BITS
+    PARTS: tl.constexpr = 2 if BITS == 3 else 1
+    COUNT: tl.constexpr = 16 // STEP // JG  # codes of a half word in one part and group
+    total = tl.zeros((UC, BN, 4), tl.float32)
+    for jg in tl.static_range(JG):
+        s, z = scale_and_zero(gw[jg], HALF)
+        p = tl.zeros((UC, BN, 16), tl.float32)
+        plain = tl.zeros((UC, 1, 16), tl.float32)
+        offset = tl.zeros((UC, 1, 16), tl.float32)
+        for q in tl.static_range(PARTS):
+            n = nibbles(w, h, q, BITS)
+            for c in tl.static_range(COUNT):
+                for e in tl.static_range(2):
+                    f, lift = lifted(n, 16 * e + STEP * (jg * COUNT + c), one, BITS)
+                    value = xs[2 * (PARTS * (jg * COUNT + c) + q) + e]
+                    p += f * value
+                    plain += value
+                    offset += lift * value
+        p4 = tl.sum(tl.reshape(p, (UC, BN, 4, 4)), 3) - tl.sum(tl.reshape(offset, (UC, 1, 4, 4)), 3)
+        total += s * (p4 - z * tl.sum(tl.reshape(plain, (UC, 1, 4, 4)), 3))
+    return tl.sum(tl.sum(total, 2), 0)
+
+
+@triton.jit
+def fetch(low, high, groups, block, real, N, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+          BN: tl.constexpr):  # fmt: skip
+    """Words and group words of ``BN`` rows: tiles (units, rows, words), 4 neighbouring words a thread."""
+    UNIT: tl.constexpr = 256 if BITS == 3 else 512 // BITS
+    JG: tl.constexpr = UNIT // GROUP if GROUP < UNIT else 1
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    safe = tl.minimum(block * BN + tl.arange(0, BN), N - 1).to(tl.int64)[None, :, None]
+    i = tl.max_contiguous(tl.arange(0, 16)[None, None, :], (1, 1, 4))
+    place = real.to(tl.int64) * N + safe
+    w = tl.load(low + place * 16 + i)
+    h = w
+    if BITS == 3:
+        h = tl.load(high + place * 8 + tl.max_contiguous(i % 8, (1, 1, 4))) >> (2 * (i // 8))
+    gw = ()
+    for jg in tl.static_range(JG):
+        group = tl.minimum(real * JG + jg, GROUPS - 1) if GROUP < UNIT else real // (GROUP // UNIT)
+        gw = gw + (tl.load(groups + group.to(tl.int64) * N + safe),)
+    return w, h, gw
+
+
+@triton.jit
+def store_vector(slab, y, v, m, row, split, N, M: tl.constexpr, SK: tl.constexpr):
+    """Store one token's part of a block: the answer itself if there is one split."""
+    if SK == 1:
+        tl.store(y + m * N + row, v.to(y.dtype.element_ty), mask=row < N)
+    else:
+        tl.store(slab + (split * M + m) * N + row, v, mask=row < N)
+
+
+@triton.jit
+def qlr_vector(x, low, high, groups, left, right, t, slab, counters, y, N, RANK, one, M: tl.constexpr, K: tl.constexpr,
+               BITS: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, RK: tl.constexpr, RB: tl.constexpr,
+               KC: tl.constexpr, PRODUCERS: tl.constexpr, BN: tl.constexpr, UC: tl.constexpr, SK: tl.constexpr,
+               STRIDE, LOOP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One or two tokens by float32 FMA: a program keeps its columns of x in registers and walks over row blocks.
+
+    A block is ``BN`` rows x ``UC`` units; the words of the next block are on their way while one is computed.
+    """
+    pid = tl.program_id(0)
+    UNIT: tl.constexpr = 256 if BITS == 3 else 512 // BITS
+    H: tl.constexpr = UNIT // 32
+    UNITS: tl.constexpr = (K + UNIT - 1) // UNIT
+    US: tl.constexpr = (UNITS + SK - 1) // SK  # units of a split
+    JG: tl.constexpr = UNIT // GROUP if GROUP < UNIT else 1
+    EVEN: tl.constexpr = K == UC * SK * UNIT
+    RC: tl.constexpr = RK if RK <= 128 else 128
+    if pid < PRODUCERS:
+        produce_vector(x, right, t, counters, pid, M, K, RANK, RK, RB, KC, PDL)
+    else:
+        start = (pid - PRODUCERS) // SK
+        split = (pid - PRODUCERS) % SK
+        blocks = tl.cdiv(N, BN)
+        unit = split * US + tl.arange(0, UC)[:, None, None]
+        last = tl.minimum((split + 1) * US, UNITS)
+        real = tl.minimum(unit, last - 1)  # past the end x is zero, the words are any
+        w, h, gw = fetch(low, high, groups, start, real, N, K, BITS, GROUP, BN)
+        if PRODUCERS > 0:
+            first = left_rows(left, tl.minimum(start * BN + tl.arange(0, BN), N - 1), 0, RANK, RC)
+        grid_wait(PDL)
+        xs = inputs(x, unit, last, K, EVEN, UC, H, UNIT)
+        if M == 2:
+            xs1 = inputs(x + K, unit, last, K, EVEN, UC, H, UNIT)
+        fine = True
+        ranks = tl.arange(0, RC)[None, :]
+        t0 = tl.zeros((1, RC), tl.float32)
+        t1 = tl.zeros((1, RC), tl.float32)
+        for block in tl.range(start, blocks, STRIDE):
+            row = block * BN + tl.arange(0, BN)
+            safe = tl.minimum(row, N - 1)
+            if LOOP:
+                after = tl.minimum(block + STRIDE, blocks - 1)
+                w_next, h_next, gw_next = fetch(low, high, groups, after, real, N, K, BITS, GROUP, BN)
+                if PRODUCERS > 0:
+                    first_next = left_rows(left, tl.minimum(after * BN + tl.arange(0, BN), N - 1), 0, RANK, RC)
+            y0 = part(w, h, gw, xs, one, JG, BITS, HALF, BN, UC)
+            if M == 2:
+                y1 = part(w, h, gw, xs1, one, JG, BITS, HALF, BN, UC)
+            if PRODUCERS > 0:
+                if split == SK - 1:
+                    if block == start:
+                        fine = handed_over(counters, PRODUCERS, STRIDE)
+                        t0, t1 = first_of_t(t, ranks, RK, M)
+                    y0 = tl.where(fine, y0 + left_vector(first, t0, left, t, safe, RANK, RK, RC), float("nan"))
+                    if M == 2:
+                        y1 = tl.where(fine, y1 + left_vector(first, t1, left, t + RK, safe, RANK, RK, RC), float("nan"))
+            store_vector(slab, y, y0, 0, row, split, N, M, SK)
+            if M == 2:
+                store_vector(slab, y, y1, 1, row, split, N, M, SK)
+            if SK > 1:
+                if publish(counters + 2 + block) == SK - 1:
+                    for m in tl.static_range(M):
+                        v = tl.zeros((BN,), tl.float32)
+                        for each in tl.static_range(SK):
+                            v += tl.load(slab + (each * M + m) * N + safe, volatile=True)
+                        tl.store(y + m * N + row, v.to(y.dtype.element_ty), mask=row < N)
+                    tl.atomic_xchg(counters + 2 + block, 0, sem="relaxed")
+            if LOOP:
+                w, h, gw = w_next, h_next, gw_next
+                if PRODUCERS > 0:
+                    first = first_next
