@@ -52,13 +52,20 @@ def lifted(words, at: tl.constexpr, one, BITS: tl.constexpr):
 
 
 @triton.jit
-def scale_and_zero(word, HALF: tl.constexpr):
-    """float32 scale and zero point of a group word."""
-    if HALF:
-        s = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def scale_and_zero(word, SCALE: tl.constexpr):
+    """float32 scale and zero point of a group word; a float32 scale (``single``) has no zero point."""
+    if SCALE == "single":
+        return word.to(tl.float32, bitcast=True), 0.0
+    elif SCALE == "half":
+        return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (word >> 16).to(tl.float32)
     else:
-        s = (word << 16).to(tl.float32, bitcast=True)
-    return s, (word >> 16).to(tl.float32)
+        return (word << 16).to(tl.float32, bitcast=True), (word >> 16).to(tl.float32)
+
+
+@triton.jit
+def scale_pair(word):
+    """float32 scales of the two groups of 16 columns that share a word."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -102,6 +109,24 @@ def centred(words, zero, at: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexp
     else:
         value = ((words >> at) & ((1 << BITS) - 1)).to(tl.float32) - zero.to(tl.float32)
         return value.to(tl.float16) if HALF else value.to(tl.bfloat16)
+
+
+@triton.jit
+def member_of(block, firsts):
+    """Which of several operators in one launch a block of rows belongs to; ``firsts`` are their first blocks."""
+    which = 0
+    for i in tl.static_range(1, len(firsts)):
+        which += (block >= firsts[i]).to(tl.int32)
+    return which
+
+
+@triton.jit
+def chosen(each, which):
+    """``each[which]`` of a tuple of pointers or numbers; of a tuple of one that one, whatever ``which``."""
+    found = each[0]
+    for i in tl.static_range(1, len(each)):
+        found = tl.where(which == i, each[i], found)
+    return found
 
 
 @triton.jit

@@ -32,8 +32,9 @@ def produce_vector(x, right, t, flag, pid, M: tl.constexpr, K: tl.constexpr, RAN
 
 
 @triton.jit
-def produce_tile(x, right, t, slab, counters, pid, M, BM: tl.constexpr, K: tl.constexpr, RANK, RK: tl.constexpr,
-                 RB: tl.constexpr, KS: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr, K: tl.constexpr, RANK,
+                 RK: tl.constexpr, RB: tl.constexpr, KS: tl.constexpr, F32: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
     """``RB`` ranks of t and one of ``KS`` chunks of K; the last chunk to arrive adds them and publishes t."""
     block = pid // KS
     chunk = pid % KS
@@ -51,11 +52,11 @@ def produce_tile(x, right, t, slab, counters, pid, M, BM: tl.constexpr, K: tl.co
     acc = tl.where((rank < RANK)[None, :], acc, 0.0)
     if KS > 1:
         tl.store(slab + (chunk * BM + m) * RK + rank[None, :], acc)
-        if publish(counters + 2 + block) == KS - 1:
+        if publish(arrivals + block) == KS - 1:
             acc = tl.zeros((BM, RB), tl.float32)
             for each in tl.static_range(KS):
                 acc += tl.load(slab + (each * BM + m) * RK + rank[None, :], volatile=True)
-            tl.atomic_xchg(counters + 2 + block, 0, sem="relaxed")
+            tl.atomic_xchg(arrivals + block, 0, sem="relaxed")
             tl.store(t + m * RK + rank[None, :], acc.to(t.dtype.element_ty))
             publish(counters)
     else:
