@@ -57,7 +57,7 @@ def packed(rows: int, columns: int, bits: int, rank: int) -> Packed:
     scale = (torch.rand(rows, columns // 128, device="cuda") / 2**bits / 40 + 1e-4).to(BRAIN)
     zero = torch.randint(0, 2**bits, scale.shape, device="cuda")
     left, right = normal(rows, rank, scale=0.05), normal(rank, columns, scale=0.05)
-    return Packed(low, high, group_words(scale, zero), left, right, bits, 128, False)
+    return Packed(low, high, group_words(scale, zero), left, right, bits, 128, "brain")
 
 
 def count(size: float, tokens: int) -> int:

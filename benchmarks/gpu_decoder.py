@@ -47,7 +47,7 @@ def _packed(rows: int, columns: int) -> Packed:
     scale = torch.full((rows, columns // 128), columns**-0.5 / 5, device="cuda").to(BRAIN)
     groups = group_words(scale, torch.full_like(scale, 8, dtype=torch.int64))
     left = (torch.randn(rows, 64, device="cuda") / 64).to(BRAIN)
-    return Packed(low, low, groups, left, _weight(64, columns), 4, 128, False)
+    return Packed(low, low, groups, left, _weight(64, columns), 4, 128, "brain")
 
 
 def _tinygemm(rows: int, columns: int) -> tuple[Tensor, ...]:

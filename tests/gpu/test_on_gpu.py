@@ -123,10 +123,10 @@ def test_offsets_past_two_to_the_31():
     low = torch.randint(-(2**31), 2**31 - 1, (columns // 128, rows, 16), dtype=torch.int32, device="cuda")
     groups = torch.full((columns // 128, rows), 0x2000_0000 // 2**12, dtype=torch.int32, device="cuda") | (7 << 16)
     packed = Packed(
-        low, low, groups, low.new_zeros(rows, 0, dtype=BRAIN), low.new_zeros(0, columns, dtype=BRAIN), 4, 128, True
+        low, low, groups, low.new_zeros(rows, 0, dtype=BRAIN), low.new_zeros(0, columns, dtype=BRAIN), 4, 128, "half"
     )
     some = torch.tensor([0, 1, 65_535, 65_536, rows - 1], device="cuda")
-    part = Packed(*(t[:, some].contiguous() for t in (low, low, groups)), packed.left[:5], packed.right, 4, 128, True)
+    part = Packed(*(t[:, some].contiguous() for t in (low, low, groups)), packed.left[:5], packed.right, 4, 128, "half")
     exact = dense(part, torch.float64)
     weight = rebuild(packed, BRAIN)
     assert weight.numel() > 2**31

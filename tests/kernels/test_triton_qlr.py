@@ -1,15 +1,17 @@
 """Q + L R in one launch: against the drawn numbers, on odd sizes, with outputs that begin as NaN."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from kernels.triton_cases import DEVICE, answer, check, inputs, q_plus_lr, serving
+from kernels.triton_cases import DEVICE, answer, check, inputs, q_plus_lr, rounded, serving
 
-from tnc.formats import number_format
+from tnc.formats import IntFormat, number_format
 from tnc.kernels import qlr
-from tnc.kernels.qlr_launch import Packed, rebuild
+from tnc.kernels.qlr_launch import rebuild, tile, vector
 from tnc.kernels.qlr_ops import dense
 from tnc.kernels.qlr_ops import qlr as op
 from tnc.terms import Dense, LowRank, Product, Quantized, Sum
@@ -31,6 +33,55 @@ def memory_begins_as_nan():
 def test_formats(bits, symmetric, tokens):
     case = q_plus_lr(37, 320, bits, group=64, symmetric=symmetric, rank=9)
     check(qlr, case, inputs(tokens, 320, HALF))
+
+
+TABLES = [
+    number_format("nf4", group_size=64), number_format("nf4", group_size=None), number_format("nf3", group_size=64),
+    number_format("nf4", group_size=64, scale="uint8"), number_format("fp4", group_size=32),
+    number_format("mxfp4"), number_format("nvfp4"), IntFormat(5, group_size=64), IntFormat(6, group_size=64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", TABLES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 70])
+def test_tables_and_odd_widths(format, tokens):
+    """Levels looked up, scales of every kind, codes of 5 and 6 bits; the stored tensors come back bit for bit."""
+    case = rounded(37, 320 if format.group_of(320) != 320 else 256, format, rank=9)
+    columns = case.operator.shape[1]
+    for dtype in (HALF, BRAIN, SINGLE):
+        check(qlr, case, inputs(tokens, columns, dtype))
+    bound, stored = qlr.bind(case.operator), case.operator.tensors()
+    back = bound.unpack(bound.pack(stored))
+    assert back.keys() == stored.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("factor_format", [IntFormat(8), IntFormat(4), number_format("nf4")], ids=str)
+def test_quantized_factors_are_written_out_once(factor_format):
+    case = rounded(37, 256, IntFormat(4, group_size=64), rank=16, factor_format=factor_format)
+    assert "written out in 16 bits" in qlr.bind(case.operator).describe()
+    for tokens in (1, 5, 70):
+        check(qlr, case, inputs(tokens, 256, BRAIN))
+    bound, stored = qlr.bind(case.operator), case.operator.tensors()
+    back = bound.unpack(bound.pack(stored))
+    assert back.keys() == stored.keys() and all(torch.equal(back[k], t) for k, t in stored.items())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("launch", "tokens"), [(vector, 1), (vector, 2), (tile, 5), (tile, 33)])
+def test_siblings_in_one_launch_are_what_each_gives_alone(launch, tokens, shared):
+    """q, k and v of unequal sizes and ranks in one launch; one t where they share a right factor."""
+    packs = [packed_of(q_plus_lr(rows, 320, 4, group=64, rank=rank, seed=rows))
+             for rows, rank in ((37, 9), (64, 9 if shared else 16), (5, 9 if shared else 3))]  # fmt: skip
+    if shared:
+        packs = [replace(each, right=packs[0].right) for each in packs]
+    x = inputs(tokens, 320, HALF)
+    together = launch(x, *packs)
+    alone = [x.double() @ dense(each, torch.float64).T for each in packs]
+    parts = together.flatten().split([a.numel() for a in alone])
+    for part, exact in zip(parts, alone, strict=True):
+        error = part.reshape(exact.shape).double() - exact
+        assert (error.norm(dim=-1) <= 2e-3 * exact.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17])
@@ -102,13 +153,7 @@ def test_inputs_with_strides():
 
 def packed_of(case):
     bound = qlr.bind(case.operator)
-    held = bound.pack(case.operator.tensors())
-    left = held.get("1.left", held["groups"].new_zeros(held["low"].shape[1], 0, dtype=HALF))
-    right = held.get("1.right", left.new_zeros(0, bound.columns))
-    group = qlr._group(bound.format, bound.columns)
-    return Packed(
-        held["low"], held.get("high", held["low"]), held["groups"], left, right, bound.format.bits, group, True
-    )
+    return bound.packed(bound.pack(case.operator.tensors()))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -158,7 +203,7 @@ def test_gradients_are_those_of_the_dense_weight():
 def test_the_operator_is_registered_properly():
     packed = packed_of(q_plus_lr(9, 64, 4, group=32, rank=2, dtype=SINGLE))
     x = inputs(2, 64, SINGLE).requires_grad_()
-    arguments = (x, packed.low, packed.high, packed.groups, packed.left, packed.right, 4, 32, True)
+    arguments = (x, packed.low, packed.high, packed.groups, packed.left, packed.right, None, 4, 32, "half", "")
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
@@ -178,7 +223,7 @@ def quantized(group, columns=256, bits=4, dtype=HALF):
 def test_what_it_does_not_run_is_said():
     term = quantized(32)
     low_rank = LowRank(torch.ones(4, 1), torch.ones(1, 256))
-    nf4 = Quantized.from_codes(torch.zeros(4, 256), torch.ones(4, 1, dtype=HALF), None, number_format("nf4"))
+    trellis = rounded(8, 256, number_format("trellis2")).operator
     refused = {
         "it runs a quantized term, alone or plus one low-rank term": [
             Dense(torch.ones(4, 256)), Sum((term, low_rank, low_rank)), Sum((low_rank, low_rank)), Product((term,)),
@@ -186,9 +231,9 @@ def test_what_it_does_not_run_is_said():
         "groups of 16 columns do not fit its units of 128; it takes multiples of 32 that divide it": [quantized(16)],
         "groups of 96 columns do not fit its units of 128": [quantized(96, 288)],
         "groups of 32 columns do not fit its units of 256; it takes multiples of 64": [quantized(32, bits=3)],
-        "it decodes 2, 3, 4 and 8 bits, not 5": [quantized(32, bits=5)],
-        "it decodes integer formats, not ": [nf4],
-        "scales are torch.float32; it reads 16-bit scales": [quantized(32, dtype=SINGLE)],
+        "it decodes codes that stand alone, not TrellisFormat": [trellis],
+        "tables of 256 levels": [rounded(8, 256, number_format("fp8_e4m3")).operator],
+        "scales are torch.float32; with integers it reads 16-bit scales": [quantized(32, dtype=SINGLE)],
     }  # fmt: skip
     for reason, operators in refused.items():
         for operator in operators:

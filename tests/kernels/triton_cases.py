@@ -6,7 +6,8 @@ import torch
 
 from tnc.formats import IntFormat
 from tnc.kernels import choose
-from tnc.terms import LowRank, Quantized, Sum
+from tnc.quant import rtn
+from tnc.terms import LowRank, Product, Quantized, Sum, dense64
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest, and a tile rounds t and each factor once
@@ -37,6 +38,20 @@ def q_plus_lr(rows, columns, bits, *, group=None, symmetric=False, rank=0, scale
     factors = low_rank(rows, columns, rank, dtype=dtype, seed=seed + 1)
     terms = (factors.operator, term) if factors_first else (term, factors.operator)
     return Case(Sum(terms), matrix.to(DEVICE) + factors.matrix)
+
+
+def rounded(rows, columns, format, *, rank=None, factor_format=None, seed=0):
+    """A drawn weight rounded to any format, plus drawn factors, rounded too if ``factor_format`` is given."""
+    generator = torch.Generator().manual_seed(seed)
+    term = rtn((torch.randn(rows, columns, generator=generator) / columns**0.5).to(DEVICE), format)
+    if rank is None:
+        return Case(term, dense64(term))
+    if factor_format is None:
+        factors = low_rank(rows, columns, rank, seed=seed + 1)
+        return Case(Sum((term, factors.operator)), dense64(term) + factors.matrix)
+    left, right = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((rows, rank), (rank, columns)))
+    product = Product((rtn(left / 4, factor_format), rtn(right / columns**0.5, factor_format)))
+    return Case(Sum((term, product)), dense64(term) + dense64(product))
 
 
 def low_rank(rows, columns, rank, *, dtype=torch.float16, seed=0):

@@ -52,13 +52,20 @@ def lifted(words, at: tl.constexpr, one, BITS: tl.constexpr):
 
 
 @triton.jit
-def scale_and_zero(word, HALF: tl.constexpr):
-    """float32 scale and zero point of a group word."""
-    if HALF:
-        s = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def scale_and_zero(word, SCALE: tl.constexpr):
+    """float32 scale and zero point of a group word; a float32 scale (``single``) has no zero point."""
+    if SCALE == "single":
+        return word.to(tl.float32, bitcast=True), 0.0
+    elif SCALE == "half":
+        return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), (word >> 16).to(tl.float32)
     else:
-        s = (word << 16).to(tl.float32, bitcast=True)
-    return s, (word >> 16).to(tl.float32)
+        return (word << 16).to(tl.float32, bitcast=True), (word >> 16).to(tl.float32)
+
+
+@triton.jit
+def scale_pair(word):
+    """float32 scales of the two groups of 16 columns that share a word."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -105,6 +112,24 @@ def centred(words, zero, at: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexp
 
 
 @triton.jit
+def member_of(block, firsts):
+    """Which of several operators in one launch a block of rows belongs to; ``firsts`` are their first blocks."""
+    which = 0
+    for i in tl.static_range(1, len(firsts)):
+        which += (block >= firsts[i]).to(tl.int32)
+    return which
+
+
+@triton.jit
+def chosen(each, which):
+    """``each[which]`` of a tuple of pointers or numbers; of a tuple of one that one, whatever ``which``."""
+    found = each[0]
+    for i in tl.static_range(1, len(each)):
+        found = tl.where(which == i, each[i], found)
+    return found
+
+
+@triton.jit
 def dot(a, b, acc, F32: tl.constexpr):
     """``acc + a b`` in float32; ``F32`` for float32 inputs and the interpreter, whose bfloat16 dot is wrong."""
     if F32:
@@ -135,6 +160,20 @@ def wait_for(counter, target):
         seen = tl.atomic_add(counter, 0, sem="acquire")
         spins += 1
     return seen >= target
+
+
+@triton.jit
+def handed_over(counters, producers, consumers):
+    """Wait until all ``producers`` have published; whether they have. What they stored may be read after it.
+
+    ``counters[0]`` counts the producers, ``counters[1]`` the programs that saw them all. Each of ``consumers``
+    programs calls this once, and the last of them leaves both counters at zero: nobody polls them any more.
+    """
+    fine = wait_for(counters, producers)
+    if tl.atomic_add(counters + 1, 1, sem="relaxed") == consumers - 1:
+        tl.atomic_xchg(counters, 0, sem="relaxed")
+        tl.atomic_xchg(counters + 1, 0, sem="relaxed")
+    return fine
 
 
 @triton.jit

@@ -7,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tnc.kernels.decode import dot_apart, grid_wait, wait_for
-from tnc.kernels.qlr_kernels import left_rows, left_vector, produce_tile, produce_vector
+from tnc.kernels.decode import dot_apart, grid_wait, handed_over
+from tnc.kernels.factor_kernels import first_of_t, left_rows, left_vector, produce_tile, produce_vector
 
 
 @triton.jit
@@ -35,14 +35,8 @@ def low_rank_vector(x, left, right, t, counters, y, N, RANK, M: tl.constexpr, K:
                 after = tl.minimum(block + STRIDE, blocks - 1)
                 first_next = left_rows(left, tl.minimum(after * BN + tl.arange(0, BN), N - 1), 0, RANK, RC)
             if block == start:
-                fine = wait_for(counters, PRODUCERS)
-                done = tl.atomic_add(counters + 1, 1, sem="relaxed")
-                if done == STRIDE - 1:
-                    tl.atomic_xchg(counters, 0, sem="relaxed")
-                    tl.atomic_xchg(counters + 1, 0, sem="relaxed")
-                t0 = tl.load(t + ranks, volatile=True)
-                if M == 2:
-                    t1 = tl.load(t + RK + ranks, volatile=True)
+                fine = handed_over(counters, PRODUCERS, STRIDE)
+                t0, t1 = first_of_t(t, ranks, RK, M)
             y0 = tl.where(fine, left_vector(first, t0, left, t, safe, RANK, RK, RC), float("nan"))
             tl.store(y + row, y0.to(y.dtype.element_ty), mask=row < N)
             if M == 2:
@@ -59,7 +53,7 @@ def low_rank_tile(x, left, right, t, tslab, counters, y, M, N, RANK, BM: tl.cons
     """Up to ``BM`` tokens by tensor cores; t is rounded once to the dtype of x."""
     pid = tl.program_id(0)
     if pid < PRODUCERS:
-        produce_tile(x, right, t, tslab, counters, pid, M, BM, K, RANK, RK, RB, KS, F32, PDL)
+        produce_tile(x, right, t, tslab, counters, counters + 2, pid, M, BM, K, RANK, RK, RB, KS, F32, PDL)
     else:
         column = (pid - PRODUCERS) * BN + tl.arange(0, BN)
         safe = tl.minimum(column, N - 1)
@@ -67,8 +61,7 @@ def low_rank_tile(x, left, right, t, tslab, counters, y, M, N, RANK, BM: tl.cons
         r = tl.arange(0, RC)
         acc = tl.zeros((BM, BN), tl.float32)
         b = tl.trans(left_rows(left, safe, 0, RANK, RC))
-        fine = wait_for(counters, PRODUCERS // KS)
-        done = tl.atomic_add(counters + 1, 1, sem="relaxed")
+        fine = handed_over(counters, PRODUCERS // KS, tl.cdiv(N, BN))
         a = tl.load(t + m * RK + r[None, :], volatile=True)
         acc = dot_apart(a, b.to(a.dtype), acc, F32)
         for r0 in tl.static_range(RC, RK, RC):
@@ -78,6 +71,3 @@ def low_rank_tile(x, left, right, t, tslab, counters, y, M, N, RANK, BM: tl.cons
         inside = (m < M) & (column < N)[None, :]
         place = m * tl.cast(N, tl.int64) + column[None, :]
         tl.store(y + place, tl.where(fine, acc, float("nan")).to(y.dtype.element_ty), mask=inside)
-        if done == tl.cdiv(N, BN) - 1:
-            tl.atomic_xchg(counters, 0, sem="relaxed")
-            tl.atomic_xchg(counters + 1, 0, sem="relaxed")

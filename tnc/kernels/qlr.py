@@ -8,85 +8,116 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tnc.formats import IntFormat
+from tnc.kernels import base as bases
+from tnc.kernels.base import Base
 from tnc.kernels.launch import unsuited
+from tnc.kernels.lookup import level_tensor
+from tnc.kernels.qlr_launch import Packed
 from tnc.kernels.qlr_ops import TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr
 from tnc.kernels.table import Kernel, Tensors, register_kernel
-from tnc.kernels.words import LOW_BITS, code_words, codes_of, group_words, groups_of, unit_of
-from tnc.terms import Expression, LowRank, Quantized, Sum
+from tnc.terms import Expression, LowRank, Product, Quantized, Spec, Sum, from_spec
 
-_SCALES = (torch.float16, torch.bfloat16)
+_WORDS = ("low", "high", "groups", "gain")
+_FACTORS = ("left", "right")
 
 
 @dataclass(frozen=True)
 class QLR:
     """The kernel bound to an operator; it reads the codes repacked (`pack`), L and R as they are.
 
+    L and R that are quantized themselves are written out once, by `pack`, in the 16-bit dtype of their scales, and
+    held beside their codes: decoding them in every launch would save bytes only where the rank is large.
+
     Attributes:
-        format: of the quantized term.
-        columns: in_features.
-        scale: dtype of the scales.
-        base: prefix of the quantized term's tensor names in the operator.
+        base: how the quantized term is held.
+        prefix: of the quantized term's tensor names in the operator.
         factors: prefix of the low-rank term's names; ``None`` without one.
+        product: spec of a low-rank term with quantized factors; ``None`` for stored L and R.
     """
 
-    format: IntFormat
-    columns: int
-    scale: torch.dtype
-    base: str
+    base: Base
+    prefix: str
     factors: str | None
+    product: Spec | None = None
 
     def pack(self, tensors: Tensors) -> dict[str, Tensor]:
         """Words in the place of codes, scale and zero; the other tensors as they are."""
-        codes, scale, zero = (tensors.get(self.base + name) for name in ("codes", "scale", "zero"))
-        assert codes is not None and scale is not None, "the operator that was bound has them"
-        term = Quantized(codes, scale, zero, self.format, self.columns)
-        planes = code_words(term.integer_codes(), self.format.bits)
-        kept = {name: tensor for name, tensor in tensors.items() if name not in self._replaced()}
-        words = {"low": planes[0], "groups": group_words(term.scale, term.zeros())}
-        return kept | words | ({"high": planes[1]} if len(planes) == 2 else {})
+        replaced = self._replaced()
+        kept = {name: tensor for name, tensor in tensors.items() if name not in replaced}
+        packed = kept | self.base.pack(_inner(tensors, self.prefix))
+        level_tensor(self.base.table, packed["low"].device)  # made here, outside of any graph capture
+        if self.product is not None and self.factors is not None:
+            packed |= _written_out(self.product, _inner(tensors, self.factors))
+        return packed
 
     def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
         """Inverse of `pack`: the tensors of the operator, bit for bit."""
-        planes = tuple(tensors[name] for name in ("low", "high") if name in tensors)
-        scale, zero = groups_of(tensors["groups"], self.scale)
-        codes = codes_of(planes, self.format.bits, self.columns)
-        term = Quantized.from_codes(codes, scale, zero, self.format)
-        kept = {name: tensor for name, tensor in tensors.items() if name not in ("low", "high", "groups")}
-        return {self.base + name: tensor for name, tensor in term.tensors().items()} | kept
+        words = {name: tensors[name] for name in _WORDS if name in tensors}
+        term = self.base.unpack(words, _inner(tensors, self.prefix))
+        added = {*words, *(_FACTORS if self.product is not None else ())}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in added}
+        return {self.prefix + name: tensor for name, tensor in term.items() if self.prefix + name not in kept} | kept
+
+    def packed(self, tensors: Tensors) -> Packed:
+        """What a launch reads; ``tensors`` as `pack` gives them."""
+        low, base = tensors["low"], self.base
+        if self.factors is None:
+            scales = tensors["groups"]
+            left, right = (scales.new_empty(shape, dtype=torch.bfloat16) for shape in
+                           ((low.shape[1], 0), (0, base.columns)))  # fmt: skip
+        else:
+            left, right = (tensors[("" if self.product is not None else self.factors) + name] for name in _FACTORS)
+        return Packed(low, tensors.get("high", low), tensors["groups"], left, right, base.bits, base.group, base.scale,
+                      base.table, tensors.get("gain"))  # fmt: skip
 
     def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype of ``x``; ``tensors`` as `pack` gives them."""
-        low = tensors["low"]
-        if self.factors is None:
-            left, right = x.new_empty(low.shape[1], 0), x.new_empty(0, self.columns)
-        else:
-            left, right = tensors[self.factors + "left"], tensors[self.factors + "right"]
+        p = self.packed(tensors)
         *batch, columns = x.shape
         rows = x.reshape(prod(batch), columns)
-        y: Tensor = qlr(rows, low, tensors.get("high", low), tensors["groups"], left, right, self.format.bits,
-                _group(self.format, columns), self.scale == torch.float16)  # fmt: skip
+        left, right = (p.left, p.right) if self.factors is not None else (p.left.to(x.dtype), p.right.to(x.dtype))
+        y: Tensor = qlr(rows, p.low, p.high, p.groups, left, right, p.gain, p.bits, p.group, p.scale, p.table)
         return y.reshape(*batch, y.shape[-1])
 
     def describe(self) -> str:
-        """What runs, by tokens."""
+        """What runs, by tokens, and the size of what it reads."""
         low_rank = "" if self.factors is None else " + L (R x)"
+        written = "" if self.product is None else ", L and R beside their codes, written out in 16 bits"
         return (
             f"up to {TILE_TOKENS} tokens ({TALL_TOKENS} to rank {TALL_RANK}): dequant(Q) x{low_rank} in one launch "
-            f"(up to {VECTOR_TOKENS} by float32 FMA); more: the weight rebuilt once, then one multiplication"
+            f"(up to {VECTOR_TOKENS} by float32 FMA); more: the weight rebuilt once, then one multiplication; "
+            f"Q held in {self.base.held_bits:.4g} bits a weight{written}"
         )
 
     def _replaced(self) -> set[str]:
-        return {self.base + name for name in ("codes", "scale", "zero")}
+        return {self.prefix + name for name in self.base.replaces}
 
 
-def _group(format: IntFormat, columns: int) -> int:
-    """Columns in a group, a whole number of units where one group is the row."""
-    unit = unit_of(format.bits)
-    return -(-columns // unit) * unit if format.group_size in (None, columns) else format.group_of(columns)
+def _inner(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _parts(operator: Expression) -> tuple[Quantized, LowRank | None, str, str | None] | None:
+def _written_out(product: Spec, tensors: Tensors) -> dict[str, Tensor]:
+    """L and R of a product of quantized factors in 16 bits: the dtype of their scales, else bfloat16."""
+    term = from_spec(product, tensors)
+    assert isinstance(term, Product), "refused before"
+    written = {}
+    for name, factor in zip(_FACTORS, term.terms, strict=True):
+        assert isinstance(factor, Quantized), "refused before"
+        wide = factor.to_dense()
+        half = factor.scale.dtype == torch.float16 and bool(wide.abs().max() <= torch.finfo(torch.float16).max)
+        written[name] = wide.to(torch.float16 if half else torch.bfloat16)
+    return written
+
+
+def _is_factored(term: Expression) -> bool:
+    """Whether a term is L R with two stored or two quantized factors."""
+    if isinstance(term, Product):
+        return len(term.terms) == 2 and all(isinstance(factor, Quantized) for factor in term.terms)
+    return isinstance(term, LowRank)
+
+
+def _parts(operator: Expression) -> tuple[Quantized, Expression | None, str, str | None] | None:
     """Quantized term, low-rank term, and the prefixes of their names; ``None`` for other operators."""
     if isinstance(operator, Quantized):
         return operator, None, "", None
@@ -94,33 +125,22 @@ def _parts(operator: Expression) -> tuple[Quantized, LowRank | None, str, str | 
         return None
     for base, factors in ((0, 1), (1, 0)):
         quantized, low_rank = operator.terms[base], operator.terms[factors]
-        if isinstance(quantized, Quantized) and isinstance(low_rank, LowRank):
+        if isinstance(quantized, Quantized) and _is_factored(low_rank):
             return quantized, low_rank, f"{base}.", f"{factors}."
     return None
 
 
 def refusal(operator: Expression) -> str | None:
     """Why the structure of ``operator`` cannot be served, or ``None``."""
+    if 0 in operator.shape:
+        return "the operator is empty"
     parts = _parts(operator)
     if parts is None:
         return "it runs a quantized term, alone or plus one low-rank term"
-    quantized = parts[0]
-    if not isinstance(quantized.format, IntFormat):
-        return f"it decodes integer formats, not {type(quantized.format).__name__}"
-    if quantized.format.bits not in LOW_BITS:
-        return f"it decodes 2, 3, 4 and 8 bits, not {quantized.format.bits}"
-    if quantized.layout.stored != quantized.in_features:
-        return "the rows are padded to whole groups"
-    step = 64 if quantized.format.bits == 3 else 32
-    group = _group(quantized.format, quantized.in_features)
-    unit = unit_of(quantized.format.bits)
-    if group % step or (group > unit and group % unit) or (group < unit and unit % group):
-        return f"groups of {group} columns do not fit its units of {unit}; it takes multiples of {step} that divide it"
-    if quantized.scale.dtype not in _SCALES:
-        return f"scales are {quantized.scale.dtype}; it reads 16-bit scales"
-    if 0 in quantized.shape:
-        return "the operator is empty"
-    return None
+    quantized, low_rank, _, _ = parts
+    if isinstance(low_rank, Product) and 0 in low_rank.terms[0].shape:
+        return "its quantized factors have rank 0"
+    return bases.refusal(quantized)
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -131,9 +151,9 @@ def bind(operator: Expression) -> QLR:
     """The kernel for an operator that is not refused."""
     parts = _parts(operator)
     assert parts is not None, "refused before"
-    quantized, _, base, factors = parts
-    assert isinstance(quantized.format, IntFormat), "refused before"
-    return QLR(quantized.format, quantized.in_features, quantized.scale.dtype, base, factors)
+    quantized, low_rank, prefix, factors = parts
+    product = low_rank.spec() if isinstance(low_rank, Product) else None
+    return QLR(Base.of(quantized), prefix, factors, product)
 
 
 register_kernel(Kernel("qlr", _serves, bind, priority=50))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tnc.kernels.lookup import levels_of
 from tnc.kernels.qlr_launch import Packed, faster, rebuild, tile, vector
-from tnc.kernels.words import codes_of, groups_of
+from tnc.kernels.words import codes_of, groups_of, pairs_of
 
 VECTOR_TOKENS = 2  # up to here float32 FMA
 TILE_TOKENS = 32  # up to here one fused launch; more rebuild the weight once and multiply
@@ -23,10 +24,18 @@ def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
     dtype = torch.promote_types(dtype, torch.float32)
     planes = (packed.low, packed.high) if packed.bits == 3 else (packed.low,)
     _, columns, _ = packed.shape
-    scale, zero = groups_of(packed.groups, torch.float16 if packed.half else torch.bfloat16)
-    group = torch.arange(columns, device=scale.device) // packed.group
-    codes = codes_of(planes, packed.bits, columns).to(dtype)
-    weight = scale.to(dtype)[:, group] * (codes - zero.to(dtype)[:, group])
+    codes = codes_of(planes, packed.bits, columns)
+    column = torch.arange(columns, device=codes.device)
+    if packed.table:
+        levels = torch.tensor(levels_of(packed.table), dtype=dtype, device=codes.device)
+        pair = packed.scale == "pair"
+        scale = pairs_of(packed.groups) if pair else packed.groups.T.contiguous().view(torch.float32)
+        weight = scale.to(dtype)[:, column // (16 if pair else packed.group)] * levels[codes.long()]
+    else:
+        scale, zero = groups_of(packed.groups, torch.float16 if packed.scale == "half" else torch.bfloat16)
+        group = column // packed.group
+        weight = scale.to(dtype)[:, group] * (codes.to(dtype) - zero.to(dtype)[:, group])
+    weight = weight if packed.gain is None else weight * packed.gain.to(dtype)
     return weight + packed.left.to(dtype) @ packed.right.to(dtype)
 
 
@@ -47,50 +56,52 @@ def run(x: Tensor, packed: Packed) -> Tensor:
 
 @torch.library.custom_op("tnc::qlr", mutates_args=())
 def qlr(
-    x: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int, half: bool
-) -> Tensor:
+    x: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, gain: Tensor | None, bits: int,
+    group: int, scale: str, table: str,
+) -> Tensor:  # fmt: skip
     """``x (dequant(Q) + L R)^T`` for x (tokens, in_features); the rest as in `Packed`."""
-    packed = Packed(low, high, groups, left.contiguous(), right.contiguous(), bits, group, half)
+    packed = Packed(low, high, groups, left.contiguous(), right.contiguous(), bits, group, scale, table, gain)
     return run(x.contiguous(), packed)
 
 
 @qlr.register_fake
 def _(
-    x: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int, half: bool
-) -> Tensor:
+    x: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, gain: Tensor | None, bits: int,
+    group: int, scale: str, table: str,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], low.shape[1])
 
 
 @torch.library.custom_op("tnc::qlr_weight", mutates_args=())
 def qlr_weight(
-    like: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int,
-    half: bool,
+    like: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, gain: Tensor | None,
+    bits: int, group: int, scale: str, table: str,
 ) -> Tensor:  # fmt: skip
     """``dequant(Q) + L R`` in the dtype of ``like``."""
-    packed = Packed(low, high, groups, left.contiguous(), right.contiguous(), bits, group, half)
+    packed = Packed(low, high, groups, left.contiguous(), right.contiguous(), bits, group, scale, table, gain)
     return dense(packed, like.dtype) if like.dtype == torch.float64 else rebuild(packed, like.dtype)
 
 
 @qlr_weight.register_fake
 def _(
-    like: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, bits: int, group: int,
-    half: bool,
+    like: Tensor, low: Tensor, high: Tensor, groups: Tensor, left: Tensor, right: Tensor, gain: Tensor | None,
+    bits: int, group: int, scale: str, table: str,
 ) -> Tensor:  # fmt: skip
     return like.new_empty(low.shape[1], right.shape[1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
     ctx.save_for_backward(*inputs[:6])
-    ctx.numbers = inputs[6:]
+    ctx.gain, ctx.numbers = inputs[6], inputs[7:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     x, low, high, groups, left, right = ctx.saved_tensors
     wants_x, _, _, _, wants_left, wants_right = ctx.needs_input_grad[:6]
-    to_x = grad @ qlr_weight(grad, low, high, groups, left, right, *ctx.numbers) if wants_x else None
+    to_x = grad @ qlr_weight(grad, low, high, groups, left, right, ctx.gain, *ctx.numbers) if wants_x else None
     to_left = (grad.T @ linear(x, right.to(x.dtype))).to(left.dtype) if wants_left else None
     to_right = ((grad @ left.to(x.dtype)).T @ x).to(right.dtype) if wants_right else None
-    return to_x, None, None, None, to_left, to_right, None, None, None
+    return to_x, None, None, None, to_left, to_right, None, None, None, None, None
 
 
 qlr.register_autograd(_backward, setup_context=_setup)

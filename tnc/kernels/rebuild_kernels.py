@@ -7,14 +7,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tnc.kernels.decode import centred, dot_apart, grid_wait, half_nibbles, scale_and_zero
+from tnc.kernels.decode import centred, dot_apart, grid_wait, half_nibbles, scale_and_zero, scale_pair
+from tnc.kernels.lookup import wide_level
 
 
 @triton.jit
-def rebuild_qlr(low, high, groups, left, right, weight, N, RANK, K: tl.constexpr, BITS: tl.constexpr,
-                HALF: tl.constexpr, GROUP: tl.constexpr, RK: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr,
-                UP: tl.constexpr, STAGES: tl.constexpr, F32: tl.constexpr, ASM: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
+def rebuild_qlr(low, high, groups, left, right, gain, levels, weight, N, RANK, K: tl.constexpr, BITS: tl.constexpr,
+                SCALE: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr, LANES: tl.constexpr,
+                GAIN: tl.constexpr, RK: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, UP: tl.constexpr,
+                STAGES: tl.constexpr, F32: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """``BN`` rows and ``UP`` units of ``dequant(Q) + L R``, added in float32 and rounded once, 32 columns at a time."""
     STEP: tl.constexpr = 4 if BITS == 3 else BITS
     PARTS: tl.constexpr = 2 if BITS == 3 else 1
@@ -41,13 +42,24 @@ def rebuild_qlr(low, high, groups, left, right, weight, N, RANK, K: tl.constexpr
             for c in tl.static_range(COUNT):
                 start = unit * UNIT + 32 * (PARTS * c + part)
                 group = tl.minimum(start // GROUP, GROUPS - 1)
-                s, z = scale_and_zero(tl.load(groups + group * wide + safe), HALF)
                 k = start + h
-                if ASM and BITS != 8:
-                    z += 1024 if left.dtype.element_ty == tl.float16 else 128
-                z = tl.broadcast_to(z.to(left.dtype.element_ty)[:, None], (BN, 32))
-                code = centred(n, z, STEP * c, BITS, left.dtype.element_ty == tl.float16, ASM)
-                value = code.to(tl.float32) * s[:, None]
+                word = tl.load(groups + group * wide + safe)
+                if TABLE:
+                    code = wide_level(n, STEP * c, levels, BITS, LANES)
+                    if SCALE == "pair":
+                        s, s1 = scale_pair(word)
+                        value = code * tl.where((h < 16)[None, :], s[:, None], s1[:, None])
+                    else:
+                        value = code * scale_and_zero(word, SCALE)[0][:, None]
+                else:
+                    s, z = scale_and_zero(word, SCALE)
+                    if ASM and BITS != 8:
+                        z += 1024 if left.dtype.element_ty == tl.float16 else 128
+                    z = tl.broadcast_to(z.to(left.dtype.element_ty)[:, None], (BN, 32))
+                    code = centred(n, z, STEP * c, BITS, left.dtype.element_ty == tl.float16, ASM)
+                    value = code.to(tl.float32) * s[:, None]
+                if GAIN:
+                    value *= tl.load(gain)
                 if RK > 0:
                     acc = tl.zeros((BN, 32), tl.float32)
                     for r0 in tl.static_range(0, RK, RB):

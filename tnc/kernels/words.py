@@ -63,6 +63,19 @@ def groups_of(words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scale, (flat >> 16).to(torch.uint8)
 
 
+def pair_words(scale: Tensor) -> Tensor:
+    """Scales (rows, 2 n) that bfloat16 holds exactly, two neighbours a word, the first below: (n, rows)."""
+    halves = scale.to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
+    return _signed(halves[:, ::2] | (halves[:, 1::2] << 16)).T.contiguous()
+
+
+def pairs_of(words: Tensor) -> Tensor:
+    """Inverse of `pair_words`: float32 scales (rows, 2 n)."""
+    flat = words.T.contiguous()
+    both = torch.stack((flat << 16, flat & -65536), -1)
+    return both.view(torch.float32).flatten(-2)
+
+
 def _places(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 16, bits, device=device, dtype=torch.int64)
 
