@@ -7,8 +7,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
-from kernels.triton_cases import ROUNDING, Case, answer, check, inputs, low_rank, q_plus_lr
+from kernels.triton_cases import ROUNDING, Case, answer, check, inputs, low_rank, q_plus_lr, rounded
 
+from tnc.formats import IntFormat, number_format
 from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels import mpo2, qlr
 from tnc.kernels.hadamard import hadamard
@@ -34,6 +35,13 @@ CASES = {
     **{f"int{bits}": (qlr, q_plus_lr(1000, 2048, bits, group=128, rank=64, dtype=BRAIN)) for bits in (2, 3, 4, 8)},
     "int4 g32 rank 200": (qlr, q_plus_lr(777, 1536, 4, group=32, rank=200, dtype=BRAIN)),
     "int4 alone": (qlr, q_plus_lr(4096, 4096, 4, group=128, rank=None)),
+    **{name: (qlr, rounded(1000, 2048, number_format(name), rank=64)) for name in ("mxfp4", "nvfp4")},
+    **{name: (qlr, rounded(1000, 2048, number_format(name, group_size=64), rank=64)) for name in ("nf4", "nf3")},
+    "int5": (qlr, rounded(1000, 2048, IntFormat(5, group_size=64), rank=64)),
+    "int4 with int8 factors": (
+        qlr,
+        rounded(1000, 2048, IntFormat(4, group_size=64), rank=64, factor_format=IntFormat(8)),
+    ),
     "low rank": (low_rank_row, low_rank(3000, 2048, 300, dtype=BRAIN)),
     "two cores": (mpo2, two_cores()),
 }
