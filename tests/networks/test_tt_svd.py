@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train_matrix
 
 from tnc.errors import BudgetError, LawError, NonFiniteError, RankError, ShapeError
-from tnc.networks import truncate, tt_svd, tt_svd_batched, tt_svd_with_report
+from tnc.networks import gram, krylov, truncate, tt_svd, tt_svd_batched, tt_svd_with_report
 from tnc.terms import Mpo, dense64
 from tnc.testing import check_mpo_decomposer, check_mpo_tolerance, mpo_cases
 
@@ -166,7 +166,7 @@ def test_nan_is_refused():
 @pytest.mark.parametrize(("rank", "tail"), [(20, None), (100, 1e-2), (10, 1e-2), (30, None)])
 def test_krylov_reaches_the_optimum(monkeypatch, dtype, rank, tail):
     monkeypatch.setattr(truncate, "_GRAM_LIMIT", 100)
-    monkeypatch.setattr(truncate, "_BLOCK", 8)
+    monkeypatch.setattr(krylov, "_BLOCK", 8)
     matrix = decaying(240, 260, rate=0.9).to(dtype)
     found = truncate.split(matrix, rank, tail)
     values = torch.linalg.svdvals(matrix.double()).square()
@@ -202,3 +202,48 @@ def test_eps_truncates_where_the_sweep_needs_a_krylov_space() -> None:
     unfolding = torch.randn(1296, 5, generator=generator) @ torch.randn(5, 1296, generator=generator)
     weight = unfolding.reshape(36, 36, 36, 36).permute(0, 2, 1, 3).reshape(1296, 1296)
     assert tt_svd(weight, (36, 36), (36, 36), eps=0.01).ranks[1] <= 5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 5), (2, 37, 90), (130, 9001)])
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 4 * 2.0**-24), (torch.float64, 1e-14)])
+def test_gram_by_bands_and_chunks_is_the_product(shape, precision, tolerance):
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    wide = matrix.double()
+    found, expected = gram.row_gram(matrix, precision), wide @ wide.mT
+    assert found.dtype == torch.float64
+    assert torch.equal(found, found.mT)
+    assert float((found - expected).norm()) <= tolerance * float(expected.norm())
+    torch.testing.assert_close(gram.energy(matrix), wide.square().sum((-2, -1)), rtol=1e-13, atol=0.0)
+
+
+@given(tail=st.floats(-9, -0.5), turned=st.booleans(), scale=st.sampled_from([1e-6, 1.0, 1e6]))
+def test_float32_split_of_any_tail_is_as_good_as_the_float64_svd(tail, turned, scale):
+    """Whatever precision the tail needs is found: 8 directions, then a plateau of squared norm ``10**tail``."""
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(300, 40, generator=generator, dtype=torch.float64)).Q
+    sigma = torch.full((40,), (10**tail / 32) ** 0.5, dtype=torch.float64)
+    sigma[:8] = 8**-0.5
+    matrix = (scale * (U * sigma) @ V.T).float()
+    matrix = matrix.T.contiguous() if turned else matrix
+    found = truncate.split(matrix, 8)
+    best = float(torch.linalg.svdvals(matrix.double())[8:].square().sum())
+    error = float((matrix.double() - found.basis.double() @ found.rest.double()).square().sum())
+    rounding = 1e-13 * scale**2  # of a float32 rest
+    assert error <= 1.0001**2 * best + rounding
+    assert float(found.tail) == pytest.approx(best, rel=1e-3, abs=rounding)
+
+
+def test_a_float32_spectrum_that_promises_too_much_is_not_believed(monkeypatch):
+    exact = truncate.row_gram
+    too_small = {torch.float32: 0.25, torch.float64: 1.0}
+    monkeypatch.setattr(truncate, "row_gram", lambda matrix, precision: too_small[precision] * exact(matrix, precision))
+    matrix = decaying(40, 300, rate=0.9).float()
+    found = truncate.split(matrix, 40, 1e-2)
+    error = (matrix.double() - found.basis.double() @ found.rest.double()).square().sum()
+    assert float(error) <= 1e-2
+    assert float(found.tail) == pytest.approx(float(error), rel=1e-3)
+
+
+def test_a_tail_above_the_energy_keeps_one_direction():
+    assert truncate.split(torch.ones(4, 5), 3, 100.0).basis.shape == (4, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tnc.errors import BudgetError, RankError, check_finite, check_matrix
 from tnc.metric import Metric
 from tnc.networks.canonical import difference_norm
+from tnc.networks.gram import energy
 from tnc.networks.kronecker import KroneckerMetric
 from tnc.networks.modes import Modes, check_pair, rank_bounds, site_modes, site_tensor
 from tnc.networks.truncate import split
@@ -83,7 +84,7 @@ def tt_svd_with_report(
         NonFiniteError: if ``weight`` holds NaN or Inf.
 
     Cost: see `split`; float64 for weights of up to 2**20 entries, of float64, and for ``eps < 1e-2``, else float32
-    products with float64 Gram matrices. Memory: one permuted copy of ``weight``.
+    products summed in float64. Memory: one permuted copy of ``weight``.
     Source: Oseledets 2011 (SIAM J. Sci. Comput. 33, 2295), theorem 2.2.
     """
     check_matrix(weight, "weight")
@@ -194,8 +195,8 @@ def _sweep(
     rest = site_tensor(weights, outs, ins, torch.float64 if exacting else wide(weights))
     if white is not None:
         rest = white.whitened(rest.squeeze(0)).unsqueeze(0)
-    energy = torch.linalg.vector_norm(rest.reshape(batch, -1), dim=-1, dtype=torch.float64).square()
-    left = None if eps is None else eps**2 * float(energy)
+    total = energy(rest.reshape(batch, 1, -1)).cpu()
+    left = None if eps is None else eps**2 * float(total)
     cores, tails, notes = [], [], _padding_notes((rows, columns), outs, ins)
     rank = 1
     for k, limit in enumerate(limits):
@@ -213,7 +214,7 @@ def _sweep(
     cores.append(rest.reshape(batch, rank, outs[-1], ins[-1], 1))
     discarded = torch.stack(tails, dim=-1) if tails else torch.zeros(batch, 0, dtype=torch.float64)
     return [
-        _stored(Mpo(tuple(c[b] for c in cores), (rows, columns)), dtype, discarded[b], float(energy[b]), notes, white)
+        _stored(Mpo(tuple(c[b] for c in cores), (rows, columns)), dtype, discarded[b], float(total[b]), notes, white)
         for b in range(batch)
     ]
 
@@ -224,7 +225,7 @@ def _padding_notes(shape: tuple[int, int], outs: Modes, ins: Modes) -> list[str]
 
 
 def _stored(
-    whitened: Mpo, dtype: torch.dtype, discarded: Tensor, energy: float, notes: list[str], white: KroneckerMetric | None
+    whitened: Mpo, dtype: torch.dtype, discarded: Tensor, total: float, notes: list[str], white: KroneckerMetric | None
 ) -> MpoFit:
     """The operator in ``dtype``, with what rounding it costs added to the error."""
     mpo = whitened if white is None else white.unwhitened(whitened)
@@ -233,6 +234,6 @@ def _stored(
         rounding = 0.0
     else:
         rounding = difference_norm(*(each if white is None else white.on_cores(each) for each in (mpo, stored)))
-    size = energy**0.5
+    size = total**0.5
     error = (float(discarded.sum()) ** 0.5 + rounding) / size if size > 0 else 0.0
     return MpoFit(stored, error, tuple(discarded.tolist()), tuple(notes))
