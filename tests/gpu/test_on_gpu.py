@@ -34,6 +34,7 @@ def two_cores():
 CASES = {
     **{f"int{bits}": (qlr, q_plus_lr(1000, 2048, bits, group=128, rank=64, dtype=BRAIN)) for bits in (2, 3, 4, 8)},
     "int4 g32 rank 200": (qlr, q_plus_lr(777, 1536, 4, group=32, rank=200, dtype=BRAIN)),
+    "int4 few columns": (qlr, q_plus_lr(200, 320, 4, group=64, rank=64)),
     "int4 alone": (qlr, q_plus_lr(4096, 4096, 4, group=128, rank=None)),
     **{name: (qlr, rounded(1000, 2048, number_format(name), rank=64)) for name in ("mxfp4", "nvfp4")},
     **{name: (qlr, rounded(1000, 2048, number_format(name, group_size=64), rank=64)) for name in ("nf4", "nf3")},

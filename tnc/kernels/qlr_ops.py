@@ -15,6 +15,7 @@ from tnc.kernels.words import codes_of, groups_of, pairs_of
 VECTOR_TOKENS = 2  # up to here float32 FMA
 TILE_TOKENS = 32  # up to here one fused launch; more rebuild the weight once and multiply
 TALL_TOKENS, TALL_RANK = 64, 64  # a tile of 64 tokens with more ranks does not pay
+TALL_COLUMNS = 2048  # nor with fewer columns: at 320 its t was wrong on Hopper, where the loops have one step
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -48,7 +49,8 @@ def run(x: Tensor, packed: Packed) -> Tensor:
         return linear(x, dense(packed, x.dtype))
     if tokens == 1 or (tokens <= VECTOR_TOKENS and (x.dtype == torch.float32 or faster(packed, tokens))):
         return vector(x, packed)
-    tall = tokens <= TALL_TOKENS and packed.shape[2] <= TALL_RANK
+    _, columns, rank = packed.shape
+    tall = tokens <= TALL_TOKENS and rank <= TALL_RANK and columns >= TALL_COLUMNS
     if (tokens <= TILE_TOKENS or tall) and x.dtype != torch.float32:
         return tile(x, packed)
     return linear(x, rebuild(packed, x.dtype))
