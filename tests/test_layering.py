@@ -13,7 +13,7 @@ ORDER = [
     ("errors",),
     ("formats",),
     ("stats",),
-    ("metric", "stats_file"),
+    ("metric", "stats_file", "symmetric"),
     ("column_space",),
     ("hadamard",),
     ("terms",),

@@ -16,15 +16,13 @@ from scipy.linalg import eigh as partial_eigh
 from torch import Tensor
 
 from tnc.metric import Metric, root
+from tnc.symmetric import symmetric_product
 
 # Below this size of the smaller side the whole eigenproblem takes less than a second on one core.
 _EXACT_LIMIT = 1024
 
 # Growth of the captured energy in one step of subspace iteration below which the next one is not worth its time.
 _CONVERGED = 1e-2
-
-# Columns of one panel of a symmetric product: wide enough for the full speed of a matrix product.
-_PANEL = 512
 
 
 @dataclass(frozen=True)
@@ -105,19 +103,9 @@ def _small_gram(matrix: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
     rows, columns = matrix.shape
     if rows <= columns:
         side = root(metric.gradient)
-        return _congruence(side, _symmetric_product(metric.times_hessian(matrix), matrix)), side
+        return _congruence(side, symmetric_product(metric.times_hessian(matrix), matrix)), side
     side = root(metric.hessian)
-    return _congruence(side, _symmetric_product(matrix.T, metric.times_gradient(matrix).T)), side
-
-
-def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right.T``, known to be symmetric: the lower triangle by panels of columns, then mirrored."""
-    product = left.new_empty(len(left), len(left))
-    for start in range(0, len(left), _PANEL):
-        end = start + _PANEL
-        panel = left[start:] @ right[start:end].T
-        product[start:, start:end], product[start:end, start:] = panel, panel.T
-    return product
+    return _congruence(side, symmetric_product(matrix.T, metric.times_gradient(matrix).T)), side
 
 
 def _congruence(side: Tensor | None, gram: Tensor) -> Tensor:
@@ -127,7 +115,7 @@ def _congruence(side: Tensor | None, gram: Tensor) -> Tensor:
     side = side.to(gram.device)
     if side.ndim == 1:
         return side.unsqueeze(1) * gram * side
-    return _symmetric_product(side.T @ gram, side.T)
+    return symmetric_product(side.T @ gram, side.T)
 
 
 def _exact(matrix: Tensor, rank: int, metric: Metric) -> ColumnSpace:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
+from tnc.symmetric import symmetric_product
+
 _CHUNK = 2**22  # entries of a chunk behind a float64 Gram matrix
 _SINGLE_COLUMNS = 4096  # of a chunk in float32: rounding of its sums is then 3e-8 of the Gram matrix
-_BANDS = 4  # of rows: of a symmetric product only the lower blocks are multiplied, 5/8 of the whole
 _ENERGY_CHUNK = 2**16  # entries squared at a time: they stay in the cache
 
 
@@ -33,14 +32,11 @@ def row_gram(matrix: Tensor, precision: torch.dtype) -> Tensor:
     """
     rows = matrix.shape[-2]
     width = _SINGLE_COLUMNS if precision == torch.float32 else max(_CHUNK // max(rows, 1), 1)
-    edges = [rows * band // _BANDS for band in range(_BANDS + 1)]
     total = matrix.new_zeros(*matrix.shape[:-2], rows, rows, dtype=torch.float64)
     for chunk in torch.split(matrix, width, dim=-1):
         columns = chunk.to(precision)
-        for first, last in pairwise(edges):
-            total[..., first:last, :last] += columns[..., first:last, :] @ columns[..., :last, :].mT
-    lower = total.tril()
-    return lower + total.tril(-1).mT
+        total += symmetric_product(columns, columns)
+    return total
 
 
 def descending(gram: Tensor) -> tuple[Tensor, Tensor]:
