@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnc.errors import FormatError
+from tnc.errors import FormatError, all_finite
 
 SUPERBLOCK = 256
 """Scales that share a second-level float32 under ``"uint8"`` (QLoRA, arXiv:2305.14314, section 3)."""
@@ -81,7 +81,7 @@ class FloatScale(ScaleFormat):
         """Rounded to ``dtype``; what would be subnormal is raised to the smallest normal number."""
         smallest = torch.finfo(dtype).tiny
         rounded = torch.where(scale == 0, 0, scale.clamp_min(smallest)).to(dtype)
-        _check_range(scale, bool(torch.isfinite(rounded).all()), dtype)
+        _check_range(scale, all_finite(rounded), dtype)
         return rounded
 
     def load(self, stored: Tensor, outer: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -119,7 +119,7 @@ class Float8Scale(ScaleFormat):
     def outer(self, full: Tensor) -> Tensor | None:
         """The matrix's scale, (1,): the largest block scale takes e4m3's largest number."""
         largest = full.amax().reshape(1).to(torch.float32) / torch.finfo(torch.float8_e4m3fn).max
-        _check_range(full, bool(torch.isfinite(largest).all()), torch.float32)
+        _check_range(full, all_finite(largest), torch.float32)
         return largest
 
     def outer_shape(self, blocks: tuple[int, int]) -> tuple[int, ...] | None:
@@ -159,7 +159,7 @@ class Uint8Scale(ScaleFormat):
         flat = full.flatten()
         padded = torch.nn.functional.pad(flat, (0, -len(flat) % SUPERBLOCK)).reshape(-1, SUPERBLOCK)
         found = (padded.amax(-1) / 255).to(torch.float32)
-        _check_range(full, bool(torch.isfinite(found).all()), torch.float32)
+        _check_range(full, all_finite(found), torch.float32)
         return found
 
     def outer_shape(self, blocks: tuple[int, int]) -> tuple[int, ...] | None:

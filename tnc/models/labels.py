@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tnc.errors import NonFiniteError
+from tnc.errors import NonFiniteError, all_finite
 from tnc.models.blocks import BlockWalk
 
 
@@ -31,7 +31,7 @@ def loss_gradient(walk: BlockWalk, ids: Tensor, hidden: Tensor, indices: tuple[i
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         logits = walk.tail(ids, leaf.clone())  # (sequences, tokens, vocabulary)
-        if not bool(torch.isfinite(logits).all()):
+        if not all_finite(logits):
             raise NonFiniteError(
                 "the logits of the model hold NaN or Inf during calibration; expected finite numbers. Look for "
                 f"NaN in its norm and head, or load it in float32 or bfloat16 (it runs in {logits.dtype})."

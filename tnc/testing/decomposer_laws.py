@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tnc.errors import all_finite
 from tnc.metric import Metric
 from tnc.terms import Expression, dense64
 from tnc.testing.harness import Law, require, search_laws
@@ -95,7 +96,7 @@ def shape_is_kept(decomposer: Decomposer, case: RankCase) -> None:
 def entries_are_finite(decomposer: Decomposer, case: RankCase) -> None:
     """Every stored number is finite."""
     stored = _run(decomposer, case).tensors()
-    bad = [name for name, t in stored.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    bad = [name for name, t in stored.items() if t.is_floating_point() and not all_finite(t)]
     require(not bad, f"expected finite stored tensors; {', '.join(bad)} holds NaN or Inf")
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tnc.errors import TNCError
+from tnc.errors import TNCError, all_finite
 from tnc.formats import NumberFormat, TrellisFormat, pack, unpack
 from tnc.stats import LayerStats
 from tnc.terms import Expression, Product, Quantized, Sum, dense64
@@ -103,7 +103,7 @@ def codes_are_in_range(quantizer: Quantizer, case: FormatCase) -> None:
 
 def values_are_finite(quantizer: Quantizer, case: FormatCase) -> None:
     """The decoded matrix is finite."""
-    finite = bool(torch.isfinite(dense64(_run(quantizer, case))).all())
+    finite = all_finite(dense64(_run(quantizer, case)))
     require(finite, "expected finite decoded values; got NaN or Inf")
 
 
