@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.triton_cases import low_rank, q_plus_lr
+from kernels.triton_cases import low_rank, q_plus_lr, rounded
 
 from tnc.errors import BackendError
 from tnc.formats import IntFormat, number_format
@@ -125,6 +125,7 @@ def test_what_it_does_not_run_is_said():
             "groups of 32 in 256 columns are not a whole number of its units of 64",
         ),
         (rtn(weight, IntFormat(4, group_size=128, scale="uint8")), "scales are torch.uint8"),
+        (rounded(7, 256, IntFormat(4), rank=4, factor_format=IntFormat(8)).operator, "it runs a quantized term, alone"),
     ):
         assert row.refusal(operator).startswith(reason)
         with pytest.raises(BackendError, match="cannot serve this operator"):

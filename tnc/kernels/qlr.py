@@ -12,10 +12,11 @@ from tnc.kernels import base as bases
 from tnc.kernels.base import Base
 from tnc.kernels.launch import unsuited
 from tnc.kernels.lookup import level_tensor
+from tnc.kernels.q_plus_lr import q_plus_lr
 from tnc.kernels.qlr_launch import Packed
 from tnc.kernels.qlr_ops import TALL_COLUMNS, TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr
 from tnc.kernels.table import Kernel, Tensors, register_kernel
-from tnc.terms import Expression, LowRank, Product, Quantized, Spec, Sum, from_spec
+from tnc.terms import Expression, Product, Quantized, Spec, from_spec
 
 _WORDS = ("low", "high", "groups", "gain")
 _FACTORS = ("left", "right")
@@ -111,37 +112,16 @@ def _written_out(product: Spec, tensors: Tensors) -> dict[str, Tensor]:
     return written
 
 
-def _is_factored(term: Expression) -> bool:
-    """Whether a term is L R with two stored or two quantized factors."""
-    if isinstance(term, Product):
-        return len(term.terms) == 2 and all(isinstance(factor, Quantized) for factor in term.terms)
-    return isinstance(term, LowRank)
-
-
-def _parts(operator: Expression) -> tuple[Quantized, Expression | None, str, str | None] | None:
-    """Quantized term, low-rank term, and the prefixes of their names; ``None`` for other operators."""
-    if isinstance(operator, Quantized):
-        return operator, None, "", None
-    if not isinstance(operator, Sum) or len(operator.terms) != 2:
-        return None
-    for base, factors in ((0, 1), (1, 0)):
-        quantized, low_rank = operator.terms[base], operator.terms[factors]
-        if isinstance(quantized, Quantized) and _is_factored(low_rank):
-            return quantized, low_rank, f"{base}.", f"{factors}."
-    return None
-
-
 def refusal(operator: Expression) -> str | None:
     """Why the structure of ``operator`` cannot be served, or ``None``."""
     if 0 in operator.shape:
         return "the operator is empty"
-    parts = _parts(operator)
+    parts = q_plus_lr(operator)
     if parts is None:
         return "it runs a quantized term, alone or plus one low-rank term"
-    quantized, low_rank, _, _ = parts
-    if isinstance(low_rank, Product) and 0 in low_rank.terms[0].shape:
+    if isinstance(parts.low_rank, Product) and 0 in parts.low_rank.terms[0].shape:
         return "its quantized factors have rank 0"
-    return bases.refusal(quantized)
+    return bases.refusal(parts.quantized)
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -150,11 +130,10 @@ def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> s
 
 def bind(operator: Expression) -> QLR:
     """The kernel for an operator that is not refused."""
-    parts = _parts(operator)
+    parts = q_plus_lr(operator)
     assert parts is not None, "refused before"
-    quantized, low_rank, prefix, factors = parts
-    product = low_rank.spec() if isinstance(low_rank, Product) else None
-    return QLR(Base.of(quantized), prefix, factors, product)
+    product = parts.low_rank.spec() if isinstance(parts.low_rank, Product) else None
+    return QLR(Base.of(parts.quantized), parts.base, parts.factors, product)
 
 
 register_kernel(Kernel("qlr", _serves, bind, priority=50))

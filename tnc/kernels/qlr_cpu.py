@@ -20,7 +20,7 @@ from tnc.formats import IntFormat
 from tnc.kernels.compiled import library
 from tnc.kernels.q_plus_lr import q_plus_lr
 from tnc.kernels.table import Kernel, Tensors, register_kernel
-from tnc.terms import Expression, Quantized
+from tnc.terms import Expression, Product, Quantized
 
 TOKENS = 4  # tokens up to which codes are decoded in registers
 LEAST = 2**20  # weights from which a layer is bound by memory, and building C code is worth a second
@@ -188,7 +188,7 @@ class CpuQLR:
 def refusal(operator: Expression) -> str | None:
     """Why the structure of ``operator`` cannot be served, or ``None``."""
     parts = q_plus_lr(operator)
-    if parts is None:
+    if parts is None or isinstance(parts.low_rank, Product):
         return "it runs a quantized term, alone or plus one low-rank term"
     term = parts.quantized
     if not isinstance(term.format, IntFormat) or term.format.bits not in LANES:
