@@ -10,28 +10,16 @@ import torch
 from torch import Tensor
 
 from tnc.errors import ShapeError
-from tnc.terms.base import Expression, Spec, register
+from tnc.terms.base import Spec, register
+from tnc.terms.gather import Gather, narrowest
 
 
 @register
 @dataclass(frozen=True, eq=False)
-class Permutation(Expression):
-    """``(P x)[i] = x[indices[i]]``; orthogonal, so its inverse is its transpose.
+class Permutation(Gather):
+    """``(P x)[i] = x[indices[i]]`` with every entry once; orthogonal, so its inverse is its transpose."""
 
-    Attributes:
-        indices: (features,) integers. `of` stores them in the narrowest dtype that holds them and checks them.
-    """
-
-    indices: Tensor
     kind: ClassVar[str] = "permutation"
-
-    def __post_init__(self) -> None:
-        integers = not (self.indices.is_floating_point() or self.indices.dtype == torch.bool)
-        if self.indices.ndim != 1 or not integers:
-            raise ShapeError(
-                f"Permutation got indices {tuple(self.indices.shape)} {self.indices.dtype}; expected a vector of "
-                "integers (features,). Build it with Permutation.of."
-            )
 
     @classmethod
     def of(cls, indices: Tensor) -> Permutation:
@@ -57,28 +45,7 @@ class Permutation(Expression):
         """The inverse, which is the transpose."""
         return Permutation(torch.argsort(self.indices.long()).to(self.indices.dtype))
 
-    def to_dense(self) -> Tensor:
-        """The matrix of zeros and ones, float32."""
-        return torch.eye(self.shape[0], device=self.indices.device)[self.indices.long()]
-
-    def linear(self, x: Tensor) -> Tensor:
-        """The entries of ``x`` in their new order: no arithmetic."""
-        return x.index_select(-1, self.indices.long())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """``indices``."""
-        return {"indices": self.indices}
-
-    def spec(self) -> Spec:
-        """Kind and shape."""
-        return {"kind": self.kind, "shape": list(self.shape)}
-
     @classmethod
     def from_parts(cls, spec: Spec, tensors: Mapping[str, Tensor]) -> Permutation:
         """Inverse of (`spec`, `tensors`)."""
         return cls(tensors["indices"])
-
-
-def narrowest(size: int) -> torch.dtype:
-    """The smallest integer dtype that holds indices below ``size``."""
-    return next(d for d in (torch.uint8, torch.int16, torch.int32, torch.int64) if size - 1 <= torch.iinfo(d).max)
