@@ -11,12 +11,7 @@ from tnc.kernels import hadamard as row
 from tnc.kernels.applied import applied
 from tnc.terms import Hadamard
 
-
-@pytest.fixture(autouse=True)
-def memory_begins_as_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("memory_begins_as_nan")
 
 
 def rotation(size, inverse=False):

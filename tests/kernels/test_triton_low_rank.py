@@ -10,12 +10,7 @@ from kernels.triton_cases import answer, check, inputs, low_rank, q_plus_lr
 from tnc.kernels import low_rank as row
 from tnc.terms import LowRank
 
-
-@pytest.fixture(autouse=True)
-def memory_begins_as_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("memory_begins_as_nan")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 17, 65])

@@ -13,11 +13,7 @@ from tnc.terms import Mpo
 HALF = torch.float16
 
 
-@pytest.fixture(autouse=True)
-def memory_begins_as_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("memory_begins_as_nan")
 
 
 def mpo(o1, i1, o2, i2, bond, *, dtype=HALF, seed=0):

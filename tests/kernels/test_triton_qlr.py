@@ -19,12 +19,7 @@ from tnc.terms import Dense, LowRank, Product, Quantized, Sum
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def memory_begins_as_nan():
-    """Every ``empty`` is filled with NaN: what a kernel does not write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("memory_begins_as_nan")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
