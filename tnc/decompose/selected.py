@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnc.decompose.sizes import BitsPerWeight, RelativeError, Size, fixed_rank, rank_within_bits
 from tnc.decompose.stages import Fitted, Target
-from tnc.errors import BudgetError, FormatError
+from tnc.errors import BudgetError
 from tnc.formats import NumberFormat
 from tnc.metric import Metric
 from tnc.quant import quantizer
@@ -53,8 +53,9 @@ class SelectedStage:
         shape = (target.weight.shape[0], target.weight.shape[1])
         metric = Metric() if target.stats is None else Metric.auto(target.stats)
         hessian = torch.eye(shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian.double()
-        chosen = chosen_inputs(target.residual.double(), self._count(target, shape), Metric(hessian, metric.gradient))
-        pull, within = (target.residual.double() @ hessian)[:, chosen], hessian[chosen][:, chosen]
+        residual = target.residual.double()
+        chosen = chosen_inputs(residual, self._count(target, shape), Metric(hessian, metric.gradient))
+        pull, within = residual @ hessian[:, chosen], hessian[chosen][:, chosen]
         columns = torch.linalg.lstsq(within, pull.T, driver="gelsd").solution.T if len(chosen) else pull
         stored, damping, notes = self._stored(columns, within, metric, target)
         return Fitted(Product((stored, Selection.of(chosen, shape[1]))), damping, notes)
@@ -64,37 +65,28 @@ class SelectedStage:
             raise BudgetError(f"SelectedStage takes a number of inputs or BitsPerWeight; got {self.rank}.")
         if not isinstance(self.rank, BitsPerWeight):
             return fixed_rank(self.rank, shape, "SelectedStage")
-        bits, ranks = target.weight.dtype.itemsize * 8, None
-        if self.format is not None:
-            ranks = [k for k in range(min(shape) + 1) if _fits(self._format(), k)]
         index = Selection.of(torch.zeros(1, dtype=torch.int64), shape[1]).storage_bits
+        plain = shape[0] * target.weight.dtype.itemsize * 8
+        rows = self._rows
 
         def spent(k: int) -> int:
-            own = self._format().stored_bits((shape[0], k)) if self.format is not None and k else k * shape[0] * bits
-            return own + k * index
+            return k * index + (k * plain if rows is None or k == 0 else rows.stored_bits((shape[0], k)))
 
-        return rank_within_bits(self.rank, shape, target.spent_bits, spent, ranks)
+        return rank_within_bits(self.rank, shape, target.spent_bits, spent)
 
-    def _format(self) -> NumberFormat:
-        assert self.format is not None
-        return replace(self.format, group_size=None)  # type: ignore[type-var]
+    @property
+    def _rows(self) -> NumberFormat | None:
+        """The format with one group a row."""
+        return None if self.format is None else replace(self.format, group_size=None)  # type: ignore[type-var]
 
     def _stored(
         self, columns: Tensor, within: Tensor, metric: Metric, target: Target
     ) -> tuple[Expression, float | None, tuple[str, ...]]:
-        if self.format is None or columns.shape[1] == 0:
+        if self._rows is None or columns.shape[1] == 0:
             return Dense(columns.to(target.weight.dtype)), None, ()
         tokens = 1 if target.stats is None else target.stats.tokens
-        found = quantizer("gptq").run(columns, LayerStats.from_hessian(within, tokens=tokens), self._format())
+        found = quantizer("gptq").run(columns, LayerStats.from_hessian(within, tokens=tokens), self._rows)
         return found.term, found.damping, found.fallbacks
-
-
-def _fits(format: NumberFormat, count: int) -> bool:
-    try:
-        format.group_of(max(count, 1))
-    except FormatError:
-        return False
-    return True
 
 
 def chosen_inputs(residual: Tensor, count: int, metric: Metric) -> Tensor:
