@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tnc.decompose.catalogue.quantized import REFINE_SWEEPS
 from tnc.decompose.recipes import Recipe, RecipeEntry, register_recipe
 from tnc.decompose.sizes import BitsPerWeight, Size
 from tnc.decompose.stages import LowRankStage, QuantizeStage
@@ -13,7 +14,6 @@ from tnc.formats import SUPPORTED_BITS, IntFormat, TrellisFormat
 
 _GROUPS: tuple[int | None, ...] = (32, 64, 128, None)  # finest first: the first that fits the bits is taken
 _FACTORS = IntFormat(4)
-_SWEEPS = 3  # of refinement
 _ROTATED: tuple[Transform, ...] = (InputRotation(), OutputRotation())
 _TRELLIS = (2, 3, 4)
 _ROOM = 0.2  # bits a weight from which factors beside a trellis are tried
@@ -62,14 +62,14 @@ def _named(group: int | None) -> str:
 
 
 def _quantized(name: str, bits: int, group: int | None, transforms: tuple[Transform, ...]) -> Recipe:
-    stage = QuantizeStage(IntFormat(bits, group), method="yaqa", refine=_SWEEPS)
+    stage = QuantizeStage(IntFormat(bits, group), method="yaqa", refine=REFINE_SWEEPS)
     return Recipe(name, (stage,), transforms=transforms)
 
 
 def _compensated(
     name: str, bits: int, group: int | None, limit: BitsPerWeight, transforms: tuple[Transform, ...]
 ) -> Recipe:
-    base = QuantizeStage(IntFormat(bits, group), method="yaqa", refine=_SWEEPS)
+    base = QuantizeStage(IntFormat(bits, group), method="yaqa", refine=REFINE_SWEEPS)
     return Recipe(name, (base, LowRankStage(limit, factor_format=_FACTORS)), transforms=transforms)
 
 

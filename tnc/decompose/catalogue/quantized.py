@@ -12,7 +12,7 @@ from tnc.decompose.stages import QuantizeStage
 from tnc.decompose.transforms import Transform
 
 _BASE = ("bits", "group_size", "symmetric", "format")
-_SWEEPS = 3  # of refinement: the next three bring another 1.5 % at int2 and int3
+REFINE_SWEEPS = 3  # of refinement: the next three bring another 1.5 % at int2 and int3
 
 
 def _rounded(
@@ -27,15 +27,15 @@ for _name, _summary, _source, _build in (
     ("yaqa", "two-sided rounding with feedback in G ⊗ H (Fisher G of one backward pass, no power iteration; no "
      "Hadamard)", "arXiv:2505.22988", partial(_rounded, "yaqa")),
     ("gptq_refined", "gptq, then codes by coordinate descent and refitted scales in G ⊗ H (cyclic, not greedy)",
-     "arXiv:2210.17323, arXiv:2406.17542", partial(_rounded, "gptq", refine=_SWEEPS)),
+     "arXiv:2210.17323, arXiv:2406.17542", partial(_rounded, "gptq", refine=REFINE_SWEEPS)),
     ("yaqa_refined", "yaqa, then codes by coordinate descent and refitted scales in G ⊗ H",
-     "arXiv:2505.22988, arXiv:2406.17542", partial(_rounded, "yaqa", refine=_SWEEPS)),
+     "arXiv:2505.22988, arXiv:2406.17542", partial(_rounded, "yaqa", refine=REFINE_SWEEPS)),
     ("gptaq", "GPTQ of the least-squares map from compressed inputs to dense outputs; needs sequential calibration "
      "(closed form instead of the paper's column updates)", "arXiv:2504.02692",
      partial(_rounded, "gptq", transforms=(DenseTarget(),))),
     ("yaqa_dense_target", "yaqa_refined of the least-squares map from compressed inputs to dense outputs; needs "
      "sequential calibration", "arXiv:2505.22988, arXiv:2504.02692",
-     partial(_rounded, "yaqa", refine=_SWEEPS, transforms=(DenseTarget(),))),
+     partial(_rounded, "yaqa", refine=REFINE_SWEEPS, transforms=(DenseTarget(),))),
     ("autoround", "rounding and scales learnt by signed gradients from GPTQ codes, 200 steps in G ⊗ H (a layer's "
      "loss, not a block's; zero points held)", "arXiv:2309.05516",
      partial(_rounded, "autoround", options={"start": "gptq"})),

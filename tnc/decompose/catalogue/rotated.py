@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from tnc.decompose.catalogue.quantized import REFINE_SWEEPS
 from tnc.decompose.learnt_scaling import LearntScaling
 from tnc.decompose.recipes import Recipe, RecipeEntry, factor_format_of, register_recipe
 from tnc.decompose.scaling import AwqScaling, Smoothing
@@ -74,7 +75,7 @@ for _name, _summary, _source, _options, _build in (
     ("yaqa_rotated", "two-sided rounding in G ⊗ H after a rotation of inputs and outputs (integers, no trellis)",
      "YAQA, arXiv:2505.22988", _BASE, partial(_rotated, "yaqa", _TWO_SIDED)),
     ("yaqa_rotated_refined", "yaqa_rotated, then codes by coordinate descent and refitted scales in G ⊗ H",
-     "YAQA, arXiv:2505.22988; CDQuant, arXiv:2406.17542", _BASE, partial(_rotated, "yaqa", _TWO_SIDED, 3)),
+     "YAQA, arXiv:2505.22988; CDQuant, arXiv:2406.17542", _BASE, partial(_rotated, "yaqa", _TWO_SIDED, REFINE_SWEEPS)),
     ("qtip", "GPTQ on a bitshift trellis after a rotation of inputs and outputs (2, 3 or 4 bits; sequences down "
      "columns in the place of 16 x 16 tiles; no fine-tuning)", "QTIP, arXiv:2406.11235", _CODED,
      partial(_coded, "gptq", "column")),
