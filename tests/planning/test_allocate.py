@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -90,6 +90,7 @@ def test_other_direction_of_the_budget(case):
 
 
 @given(case=small_menus())
+@example(case=(Menu(np.array([0, 3]), np.array([0.01, 0.12, 0.07]), np.array([18.0, 49.0, 0.0])), 1e-308))
 def test_exact_is_the_best_combination(case):
     menu, share = case
     limit = limit_of(menu, share)

@@ -15,6 +15,7 @@ from tnc.planning.allocate import Allocation, Floats, Integers, Menu
 
 _SLACK = 1e-6  # HiGHS meets a row of scale 1 to this; a limit that it overruns is tightened by twice that
 _ATTEMPTS = 4
+_LEAST_LIMIT = 1e-9  # of the largest usage: a row is in units of its limit, and HiGHS refuses coefficients above 1e15
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ def _solve(cost: Floats, limits: Sequence[Limit], slack: Floats, structure: Line
     padded = np.concatenate([cost, np.zeros(columns - len(cost))])
     rows = [structure]
     for each, tightened in zip(limits, slack, strict=True):
-        scale = abs(each.value) or float(np.abs(each.usage).max()) or 1.0
+        scale = max(abs(each.value), _LEAST_LIMIT * float(np.abs(each.usage).max())) or 1.0
         usage = np.concatenate([each.usage / scale, np.zeros(columns - len(cost))])
         rows.append(LinearConstraint(csr_matrix(usage[None]), -np.inf, each.value / scale - tightened))
     options = {"time_limit": seconds, "mip_rel_gap": 0.0}
