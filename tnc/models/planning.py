@@ -29,7 +29,7 @@ from tnc.planning import (
     Rules,
     describe_budget,
     input_groups,
-    measure_groups,
+    measure_layers,
     plan_curves,
 )
 from tnc.stats import LayerStats, Moments
@@ -78,13 +78,12 @@ def error_curves(
     if cache is not None and cache.exists():
         return CurveTable.load(cache, fingerprint=fingerprint)
     curves: dict[str, LayerCurves] = {}
-    groups = input_groups({name: stats[name] for name in weights})
-    for names in groups:
-        members = [weights[name] for name in names], [stats[name] for name in names]
-        curves |= zip(names, measure_groups(*members, portfolio, dtype=dtype), strict=True)
+    for name, found in measure_layers(weights, stats, portfolio, dtype=dtype):
+        curves[name] = found
         if progress is not None:
             progress("curves", len(curves), len(weights))
     curves = {name: curves[name] for name in weights}  # in model order
+    groups = input_groups({name: stats[name] for name in weights})
     seen_together = tuple(tuple(names) for names in groups if len(names) > 1)
     table = CurveTable(curves, portfolio, seen_together, _other_bytes(model, weights), str(stored)[6:], fingerprint)
     if cache is not None:

@@ -20,8 +20,7 @@ from tnc.planning import (
     Plan,
     Rules,
     describe_budget,
-    input_groups,
-    measure_groups,
+    measure_layers,
     plan_curves,
 )
 from tnc.stats import LayerStats
@@ -71,10 +70,8 @@ class Replanner:
         known = {name: each for name, each in stats.items() if each is not None}
         if len(known) < len(stats):
             raise StatsError("a Replanner measures each block; pass batches to compress, with sequential=True.")
-        for names in input_groups({name: known[name] for name in weights}):
-            members = [weights[name] for name in names], [known[name] for name in names]
-            for name, curves in zip(names, measure_groups(*members, portfolio, dtype=dtype), strict=True):
-                self._set(name, curves)
+        for name, curves in measure_layers(weights, known, portfolio, dtype=dtype):
+            self._set(name, curves)
         self.plan = plan_curves(self._table, self._budgets, self._rules)
         for name in weights:
             self._set(name, _only(self._table.layers[name], self.plan, name))

@@ -110,7 +110,7 @@ def curves_of(fits: LayerFits) -> LayerCurves:
             curves.append(ErrorCurve(name, PLAIN, (_option(base.ruler, Choice(name), base.term),)))
             continue
         bases = _Compensated(fits, name, base)
-        found = {PLAIN: bases.plain()} | {f: bases.rounded(f) for f in portfolio.factors if f != PLAIN}
+        found = {PLAIN: bases.plain()} | {f: bases.rounded(f) for f in portfolio.rounded}
         curves += [ErrorCurve(name, factors, options) for factors, options in found.items() if options]
     return LayerCurves((fits.weight.shape[0], fits.weight.shape[1]), tuple(curves), fits.notes)
 
@@ -140,10 +140,6 @@ class _Compensated:
         return self.fits.portfolio
 
     @cached_property
-    def limit(self) -> int:
-        return self.fits.limit
-
-    @cached_property
     def residual(self) -> Tensor:
         return self.fitted.residual
 
@@ -154,7 +150,7 @@ class _Compensated:
     def plain(self) -> tuple[Option, ...]:
         """The base alone and with every useful rank of factors in the model's dtype."""
         per_rank = sum(self.residual.shape) * self.fits.dtype.itemsize * 8
-        useful = max(-(-(self.limit - self.ruler.wrap(self.base).storage_bits) // per_rank) - 1, 0)
+        useful = max(-(-(self.fits.limit - self.ruler.wrap(self.base).storage_bits) // per_rank) - 1, 0)
         largest = min(useful, self.portfolio.max_rank, *self.residual.shape)
         ranks = list(range(0, largest + 1, self.portfolio.rank_step))
         term = self._term(ranks[-1], self.fits.dtype)
@@ -167,21 +163,26 @@ class _Compensated:
 
     def rounded(self, factors: str) -> tuple[Option, ...]:
         """The ranks of the portfolio with factors in a number format, each rounded and measured."""
-        format = self.portfolio.factors[factors]
-        assert format is not None, "only the model's dtype has no format"
-        formats, shape = FactorFormats.of(format), (self.residual.shape[0], self.residual.shape[1])
-        spent = self.ruler.wrap(self.base).storage_bits
-        ranks = [k for k in self.portfolio.factor_ranks if k <= min(*shape, self.portfolio.max_rank)]
-        ranks = [k for k in ranks if formats.fits(k) and spent + formats.stored_bits(shape, k) < self.limit]
-        term = self._term(max(ranks, default=0), torch.float64)
-        found = []
-        for k in ranks:
+        formats, found = self.portfolio.rounded[factors], []
+        for k in self._ranks(formats):
+            components = prefix_of(self._components, k)
             quantized = quantize_factors(
-                self.residual, prefix_of(term, k), self.ruler.metric, formats, method="gptq"
-            ).term
+                self.residual, components, self.ruler.metric, formats, method="gptq"
+            ).term  # fmt: skip
             errors = self.ruler.errors(self.residual - dense64(quantized))
             found.append(Option(Choice(self.name, k, factors), self._with(quantized).storage_bits, *errors))
         return tuple(found)
+
+    def _ranks(self, formats: FactorFormats) -> list[int]:
+        room = self.fits.limit - self.ruler.wrap(self.base).storage_bits
+        shape = (self.residual.shape[0], self.residual.shape[1])
+        return self.portfolio.ranks_within(formats, shape, min(shape), room)
+
+    @cached_property
+    def _components(self) -> LowRank:
+        """What every format rounds the first components of."""
+        most = max((k for formats in self.portfolio.rounded.values() for k in self._ranks(formats)), default=0)
+        return self._term(most, torch.float64)
 
     def _term(self, rank: int, dtype: torch.dtype) -> LowRank:
         return fit_low_rank(

@@ -1,9 +1,10 @@
-"""The bases of a portfolio fitted to one layer, once: curves, shared factors and plans all start from them."""
+"""The bases of a portfolio fitted to one layer, once: its own curves and those of shared factors start from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from tnc.errors import FormatError, check_matrix
 from tnc.planning.portfolio import Choice, Portfolio
 from tnc.planning.ruler import Ruler
 from tnc.stats import LayerStats
-from tnc.terms import Expression, Sum, dense64
+from tnc.terms import Expression, dense64
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,27 +56,12 @@ class LayerFits:
     bases: Mapping[str, FittedBase]
     notes: tuple[str, ...]
 
-    @property
+    @cached_property
     def limit(self) -> int:
         """Bits of the smallest base that takes no low-rank term (int8, or dense): more is never worth a rank."""
         single = [b.ruler.wrap(b.term).storage_bits for name, b in self.bases.items()
                   if not self.portfolio.bases[name].compensated]  # fmt: skip
         return min([self.weight.numel() * self.dtype.itemsize * 8, *single])
-
-    def operator(self, choice: Choice) -> Expression:
-        """What the recipe of a choice without sharing makes of the layer; the base is not fitted again.
-
-        Raises:
-            BudgetError: for names that the portfolio does not have, or a base that does not fit the shape.
-        """
-        stages = self.portfolio.stages(choice, self.dtype)
-        base = self.bases[choice.base]
-        if not choice.rank:
-            return base.ruler.wrap(base.term)
-        alone = self.portfolio.bases[choice.base].stage is None
-        spent = 0 if alone else base.term.storage_bits
-        term = stages[-1].fit(Target(base.residual, base.ruler.source, base.ruler.stats, spent)).term
-        return base.ruler.wrap(term if alone else Sum((base.term, term)))
 
 
 def fit_bases(

@@ -14,6 +14,7 @@ import torch
 
 from tnc.decompose import (
     DenseStage,
+    FactorFormats,
     InputRotation,
     LowRankStage,
     OutputRotation,
@@ -130,6 +131,16 @@ class Portfolio:
             bases[name] = _named_base(name, method, refine, transforms)
         factors = {str(b): None if b == int(PLAIN) else IntFormat(b) for b in factor_bits}
         return cls(bases, factors, shared=shared)
+
+    @property
+    def rounded(self) -> dict[str, FactorFormats]:
+        """The factor formats that round, by name: all but that of the model's dtype."""
+        return {name: FactorFormats.of(each) for name, each in self.factors.items() if each is not None}
+
+    def ranks_within(self, formats: FactorFormats, shape: tuple[int, int], most: int, room: int) -> list[int]:
+        """Ranks tried with rounded factors of a matrix ``shape``, up to ``most``, that take less than ``room`` bits."""
+        ranks = [k for k in self.factor_ranks if k <= min(most, self.max_rank) and formats.fits(k)]
+        return [k for k in ranks if formats.stored_bits(shape, k) < room]
 
     def stages(self, choice: Choice, dtype: torch.dtype | None = None) -> tuple[Stage, ...]:
         """The stages that make a choice.

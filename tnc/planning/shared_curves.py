@@ -7,8 +7,9 @@ layer, so that they add up as those of every other option do (MATH.md section 3,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,11 +50,10 @@ def measure_groups(
     Raises:
         ShapeError, NonFiniteError, StatsError: as `tnc.planning.measure_curves`.
 
-    Shared options that are not below the hull of the layers' own are left out: no plan would take them. Rounded factors
-    are only made where plain ones of that rank, at the bits of the rounded, would be below it.
+    Shared options that are not below the hull of the layers' own are left out: no plan would take them.
 
-    Cost: beside the layers' own curves one eigenproblem of size n for each compensated base without transforms, and one
-    rounding for each rank and format that can still pay.
+    Cost: beside the layers' own curves two eigenproblems of size n for each compensated base without transforms, and
+    one rounding for each rank and format.
     """
     fits = [fit_bases(w, s, portfolio, dtype=dtype) for w, s in zip(weights, stats, strict=True)]
     curves = [curves_of(each) for each in fits]
@@ -61,6 +61,23 @@ def measure_groups(
         return curves
     extra = _shared_curves(fits, _hull(curves))
     return [replace(own, curves=(*own.curves, *more)) for own, more in zip(curves, extra, strict=True)]
+
+
+def measure_layers(
+    weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats], portfolio: Portfolio, *,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, LayerCurves]]:  # fmt: skip
+    """Curves of all layers by name, those of an input group one after another as soon as it is measured.
+
+    Args:
+        weights: by name.
+        stats: of those layers at least.
+        portfolio: as in `measure_groups`.
+        dtype: as in `measure_groups`.
+    """
+    for names in input_groups({name: stats[name] for name in weights}):
+        group = [weights[name] for name in names], [stats[name] for name in names]
+        yield from zip(names, measure_groups(*group, portfolio, dtype=dtype), strict=True)
 
 
 def _hull(curves: Sequence[LayerCurves]) -> Hull:
@@ -84,9 +101,7 @@ def _shared_curves(fits: Sequence[LayerFits], hull: Hull) -> list[list[ErrorCurv
         if not base.compensated or base.transforms or any(name not in each.bases for each in fits):
             continue
         group = _Group(fits, name, [each.bases[name] for each in fits])
-        plain = group.plain()
-        tails = {options[0].choice.rank: sum(map(_cost, options)) for options in zip(*plain, strict=True)}
-        by_format = {PLAIN: plain} | {f: group.rounded(f, tails, hull) for f in portfolio.factors if f != PLAIN}
+        by_format = {PLAIN: group.plain()} | {f: group.rounded(f) for f in portfolio.rounded}
         for factors, layers in by_format.items():
             kept = [o for o in zip(*layers, strict=True) if sum(map(_cost, o)) < hull(sum(each.bits for each in o))]
             for at, options in enumerate(zip(*kept, strict=True)):
@@ -115,7 +130,11 @@ class _Group:
         """The largest rank that every layer has."""
         return min(self.portfolio.max_rank, *(min(each.weight.shape) for each in self.fits))
 
-    @property
+    @cached_property
+    def residuals(self) -> list[Tensor]:
+        return [each.residual for each in self.bases]
+
+    @cached_property
     def rest(self) -> int:
         """Bits left for factors below the limit of all layers together."""
         alone = self.portfolio.bases[self.name].stage is None
@@ -132,7 +151,7 @@ class _Group:
         lefts, right = self._factors(ranks[-1])
         right = right.to(dtype)
         terms = [LowRank(left.to(dtype), right) for left in lefts]
-        errors = [b.ruler.prefix_errors(b.residual, t) for b, t in zip(self.bases, terms, strict=True)]
+        errors = [b.ruler.prefix_errors(d, t) for b, d, t in zip(self.bases, self.residuals, terms, strict=True)]
         found: Options = [[] for _ in self.fits]
         for k in ranks:
             shared = right[:k]
@@ -141,33 +160,34 @@ class _Group:
                 found[at].append(Option(Choice(self.name, k, shared=True), stored, *(float(e[k]) for e in errors[at])))
         return found
 
-    def rounded(self, factors: str, tails: Mapping[int, float], hull: Hull) -> Options:
-        """Factors in a number format, each rank rounded and measured where its tail is below the hull."""
-        format = self.portfolio.factors[factors]
-        assert format is not None, "only the model's dtype has no format"
-        formats, columns = FactorFormats.of(format), self.fits[0].weight.shape[1]
+    def rounded(self, factors: str) -> Options:
+        """Factors in a number format, each rank rounded and measured."""
+        formats = self.portfolio.rounded[factors]
         found: Options = [[] for _ in self.fits]
-        ranks = [
-            k
-            for k in self.portfolio.factor_ranks
-            if k <= self.largest and formats.fits(k) and formats.stored_bits((self.rows, columns), k) < self.rest
-        ]
-        if not ranks:
-            return found
-        lefts, right = self._factors(max(ranks))
-        residuals, metrics = [b.residual for b in self.bases], [b.ruler.metric for b in self.bases]
-        for k in ranks:
+        metrics = [b.ruler.metric for b in self.bases]
+        for k in self._ranks(formats):
+            lefts, right = self._components
             made = quantize_shared_factors(
-                residuals, [left[:, :k] for left in lefts], right[:k], metrics, formats, method="gptq"
+                self.residuals, [left[:, :k] for left in lefts], right[:k], metrics, formats, method="gptq"
             )
             terms = [Product((left, made.right)) for left in made.lefts]
             for at, stored in enumerate(self._bits(terms)):
-                errors = self.bases[at].ruler.errors(residuals[at] - dense64(terms[at]))
+                errors = self.bases[at].ruler.errors(self.residuals[at] - dense64(terms[at]))
                 found[at].append(Option(Choice(self.name, k, factors, shared=True), stored, *errors))
         return found
 
+    def _ranks(self, formats: FactorFormats) -> list[int]:
+        columns = self.fits[0].weight.shape[1]
+        return self.portfolio.ranks_within(formats, (self.rows, columns), self.largest, self.rest)
+
+    @cached_property
+    def _components(self) -> tuple[list[Tensor], Tensor]:
+        """What every format rounds the first components of."""
+        most = max((k for formats in self.portfolio.rounded.values() for k in self._ranks(formats)), default=0)
+        return self._factors(most)
+
     def _factors(self, rank: int) -> tuple[list[Tensor], Tensor]:
-        return shared_factors([b.residual for b in self.bases], [b.ruler.metric for b in self.bases], rank)
+        return shared_factors(self.residuals, [b.ruler.metric for b in self.bases], rank)
 
     def _bits(self, terms: Sequence[Expression]) -> list[int]:
         """What each layer is charged."""
