@@ -5,17 +5,12 @@ python -m benchmarks.budgets MODEL --stats FILE --text FILE [--curves FILE] [--b
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
-import torch
-
-from tnc import BitsPerWeight, Plan, Portfolio, compress, error_curves, load_stats
+from benchmarks.planned_model import DTYPE, measured, parser
+from tnc import BitsPerWeight, Plan, compress
 from tnc.errors import BudgetError
-from tnc.experts import unfuse_experts
 from tnc.models.evaluate import evaluate_many
-from tnc.models.hf import load_model, load_tokenizer
 from tnc.models.text import read_text, token_windows
 from tnc.planning import AllowedBases, AllowedRanks, CurveTable, Rules, plan_curves
 
@@ -46,24 +41,14 @@ def plans(table: CurveTable, budgets: list[float]) -> dict[str, Plan]:
 
 def main() -> None:
     """Parse the arguments, run, print, and write the rows as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--stats", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--curves", type=Path)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, 4.0])
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=Path("results/budgets.json"))
-    arguments = parser.parse_args()
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    unfuse_experts(model)
-    stats, dtype = load_stats(arguments.stats), torch.float16
-    table = error_curves(model, stats, Portfolio.default(), dtype=dtype, cache=arguments.curves)
+    own = parser(__doc__, windows=64, out="results/budgets.json")
+    own.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, 4.0])
+    arguments = own.parse_args()
+    model, tokenizer, stats, table = measured(arguments)
     windows = list(token_windows(tokenizer, read_text(arguments.text), arguments.context))[: arguments.windows]
     rows = []
     for name, plan in plans(table, arguments.budgets).items():
-        small = compress(model, plan, stats=stats, dtype=dtype)
+        small = compress(model, plan, stats=stats, dtype=DTYPE)
         scores = evaluate_many({name: small}, windows, reference=model)[name].to_json()
         rows.append({"name": name, "bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats, **scores})
         print(

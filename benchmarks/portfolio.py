@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.run import machine
+from benchmarks.windows import spread
 from tnc import IntFormat, LayerStats, LowRankStage, Moments, QuantizeStage, Recipe, calibrate
 from tnc.decompose import InputRotation, OutputRotation
 from tnc.decompose.best import decompose_by
@@ -151,9 +152,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer, read_text(arguments.calib), context=512, sequences=arguments.sequences, seed=arguments.seed
     )
     stats = on_cpu(calibrate(dense, [batch.to(device) for batch in batches], seed=arguments.seed))
-    whole = list(token_windows(tokenizer, read_text(arguments.text), 512))
-    count = min(arguments.windows, len(whole))
-    windows = [whole[i * len(whole) // count] for i in range(count)]
+    windows = spread(token_windows(tokenizer, read_text(arguments.text), 512), arguments.windows)
     print(f"dense: perplexity {evaluate(dense, windows).perplexity:.3f}", flush=True)
     start = time.perf_counter()
     made = make_all(weights, stats, options(arguments.widths, arguments.group_size, arguments.rank), arguments.jobs)

@@ -11,23 +11,20 @@ other plans that lie within 15 %, and its mean over every choice of the one or t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from benchmarks.planned_model import DTYPE, measured, parser
 from benchmarks.run import machine
-from tnc import BitsPerWeight, Plan, Portfolio, compress, error_curves, load_stats
+from benchmarks.windows import spread
+from tnc import BitsPerWeight, Plan, compress
 from tnc.errors import BudgetError
-from tnc.experts import unfuse_experts
 from tnc.models.evaluate import evaluate
-from tnc.models.hf import load_model, load_tokenizer
 from tnc.models.text import read_text, token_windows
 from tnc.planning import AllowedBases, CurveTable, Rules, plan_curves
 
@@ -97,27 +94,17 @@ def summary(predicted: Floats, relative: Floats, measured: Floats) -> dict[str, 
 
 def main() -> None:
     """Parse the arguments, draw, measure, print, and write everything as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--stats", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--curves", type=Path)
-    parser.add_argument("--plans", type=int, default=48)
-    parser.add_argument("--below", type=float, default=0.27, help="predicted nats of a plan at most")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results/prediction.json"))
-    arguments = parser.parse_args()
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    unfuse_experts(model)
-    stats, dtype = load_stats(arguments.stats), torch.float16
-    table = error_curves(model, stats, Portfolio.default(), dtype=dtype, cache=arguments.curves)
-    whole = list(token_windows(tokenizer, read_text(arguments.text), arguments.context, keep_last=False))
-    windows = [whole[i * len(whole) // arguments.windows] for i in range(arguments.windows)]
+    own = parser(__doc__, windows=8, out="results/prediction.json")
+    own.add_argument("--plans", type=int, default=48)
+    own.add_argument("--below", type=float, default=0.27, help="predicted nats of a plan at most")
+    own.add_argument("--seed", type=int, default=0)
+    arguments = own.parse_args()
+    model, tokenizer, stats, table = measured(arguments)
+    whole = token_windows(tokenizer, read_text(arguments.text), arguments.context, keep_last=False)
+    windows = spread(whole, arguments.windows)
     rows = []
     for plan in draw_plans(table, arguments.plans, arguments.below, arguments.seed):
-        small = compress(model, plan, stats=stats, dtype=dtype)
+        small = compress(model, plan, stats=stats, dtype=DTYPE)
         kl = evaluate(small, windows, reference=model).kl
         relative = sum(layer.error**2 for layer in plan.layers.values())
         rows.append({"bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats, "relative": relative,

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.quality_table import prediction
 from benchmarks.run import machine
+from benchmarks.windows import spread
 from tnc import BitsPerWeight, LayerStats, ModelReport, Recipe, calibrate, compress, load_stats, recipe
 from tnc.models.evaluate import evaluate_many
 from tnc.models.hf import load_model, load_tokenizer
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     model, tokenizer = load_model(arguments.model, device=device), load_tokenizer(arguments.model)
     stats = _statistics(arguments, model, tokenizer)
-    windows = _spread(list(token_windows(tokenizer, read_text(arguments.text), arguments.context)), arguments.windows)
+    windows = spread(token_windows(tokenizer, read_text(arguments.text), arguments.context), arguments.windows)
     chosen = variants(arguments.group_size, arguments.only)
     dense = evaluate_many({"dense": model}, windows)["dense"].to_json()
     print(f"dense: perplexity {dense['perplexity']:.3f} on {dense['tokens']} tokens", flush=True)
@@ -63,12 +64,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             _print(rows[-1])
         _write(arguments.out, {**result, "rows": rows})  # a run that is cut short keeps what it has
     return {**result, "rows": rows, "prediction": prediction(rows)}
-
-
-def _spread(windows: list[Tensor], count: int | None) -> list[Tensor]:
-    if count is None or count >= len(windows):
-        return windows
-    return [windows[i * len(windows) // count] for i in range(count)]
 
 
 def _statistics(arguments: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer) -> dict[str, LayerStats]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.portfolio import on_cpu
 from benchmarks.run import machine
+from benchmarks.windows import spread
 from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, compress, recipe
 from tnc.decompose import measure
 from tnc.decompose.best import decompose_by
@@ -161,9 +162,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     weights: dict[str, Tensor] = {n: weight_of(m).detach().clone() for n, m in select_layers(model).items()}
     dense = model.to(device)
-    whole = list(token_windows(tokenizer, read_text(arguments.text), 512))
-    count = min(arguments.windows, len(whole))
-    windows = [whole[i * len(whole) // count] for i in range(count)]
+    windows = spread(token_windows(tokenizer, read_text(arguments.text), 512), arguments.windows)
     found = _read(arguments.out)
     found |= {"machine": machine(), "dense": evaluate(dense, windows).to_json()}
     chosen = list(rows(arguments.widths, arguments.only))
@@ -246,12 +245,12 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     for row in found["rows"]:
         groups.setdefault((row["bits"], row["recipe"]), []).append(row)
 
-    def spread(rows: list[Mapping[str, Any]], key: str) -> str:
+    def figure(rows: list[Mapping[str, Any]], key: str) -> str:
         values = [row[key] for row in rows]
         return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
     for (bits, name), each in sorted(groups.items(), key=lambda g: (g[0][0], statistics.mean(r["kl"] for r in g[1]))):
-        figures = " | ".join(spread(each, key) for key in ("heldout", "predicted_nats", "kl", "delta_nats"))
+        figures = " | ".join(figure(each, key) for key in ("heldout", "predicted_nats", "kl", "delta_nats"))
         stored = statistics.mean(row["bits_per_weight"] for row in each)
         yield f"| `{name}` {bits} bits | {len(each)} | {stored:.3f} | {figures} |"
 

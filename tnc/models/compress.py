@@ -20,13 +20,13 @@ from tnc.decompose.best import decompose_by
 from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.forms import FormStage
 from tnc.decompose.shared import decompose_shared
-from tnc.decompose.sizes import beyond_use, check_useful, useful_rank
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.round_blocks import not_rounded, round_blocks
 from tnc.models.sharing import sharing_groups
+from tnc.models.useful_ranks import check_ranks, forces_rank, served_by
 from tnc.modules import FactoredLinear
 from tnc.planning import PooledLayer, pooled_ranks
 from tnc.stats import LayerStats
@@ -118,7 +118,7 @@ def compress(
         layers = {name: layers[name] for name in recipe.names}
         include, exclude = [escape(name) for name in layers], None
     else:
-        _check_ranks(recipe, layers.values())
+        check_ranks(recipe, [(w.shape[0], w.shape[1]) for w in map(weight_of, layers.values())])
     options: dict[str, Any] = {
         "fisher": fisher, "heldout_share": heldout_share, "include": include, "exclude": exclude, "seed": seed,
         "progress": progress,
@@ -250,33 +250,12 @@ def _finished(
 
 
 def _decomposed(weight: Tensor, recipe: Recipe, stats: LayerStats | None, dtype: torch.dtype | None) -> Record:
-    served, notes = _served(recipe, (weight.shape[0], weight.shape[1]))
+    served, notes = served_by(recipe, (weight.shape[0], weight.shape[1]))
     found = decompose_by(weight, served, stats)
-    forced = any(isinstance(s, LowRankStage) and isinstance(s.rank, Rank) and s.rank.forced for s in recipe.stages)
-    if found.operator.storage_bits > _dense_bits(weight, dtype) and not forced:
+    if found.operator.storage_bits > _dense_bits(weight, dtype) and not forces_rank(recipe):
         found = _kept_dense(weight, found, stats, dtype)
     report = replace(found.report, fallbacks=notes + found.report.fallbacks)
     return Record(found.operator, report.to_json())
-
-
-def _served(recipe: Recipe, shape: tuple[int, int]) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe for a layer that may be too small for its rank, and a note where it is."""
-    stages, notes = list(recipe.stages), []
-    for i, stage in enumerate(stages):
-        rank = beyond_use(stage.rank, shape) if isinstance(stage, LowRankStage) else None
-        if isinstance(stage, LowRankStage) and rank is not None:
-            stages[i] = replace(stage, rank=Rank(rank, forced=True))
-            notes.append(f"rank {rank} is above the useful limit mn/(m+n) = {useful_rank(shape)} of this layer")
-    return (replace(recipe, stages=tuple(stages)) if notes else recipe), tuple(notes)
-
-
-def _check_ranks(recipe: Recipe, layers: Iterable[nn.Module]) -> None:
-    """Raise `RankError` for a rank that is above the useful limit of every layer: smaller ones alone fall back."""
-    shapes = [(weight.shape[0], weight.shape[1]) for weight in map(weight_of, layers)]
-    largest = max(shapes, key=useful_rank)
-    for stage in recipe.stages:
-        if isinstance(stage, LowRankStage):
-            check_useful(stage.rank, largest, f"recipe {recipe.name!r}")
 
 
 def _decomposed_together(weights: Sequence[Tensor], recipe: Recipe, stats: Sequence[LayerStats | None]) -> list[Record]:
