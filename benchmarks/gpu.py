@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.gpu_clock import replayed
 from benchmarks.gpu_decoder import decoders
 from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels import mpo2 as mpo2_row
@@ -68,23 +68,8 @@ def count(size: float, tokens: int) -> int:
 def microseconds(row: Row) -> float:
     """Median time of one launch."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        row.launch(row.sets[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [row.launch(each) for each in row.sets]
-    times = []
-    for _ in range(15):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(kept))
-    return statistics.median(times)
+    time, _ = replayed(lambda: [row.launch(each) for each in row.sets], repeats=15, before=flush.zero_)
+    return time * 1e3 / len(row.sets)
 
 
 def error(row: Row) -> float:

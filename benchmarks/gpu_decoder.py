@@ -6,7 +6,6 @@ every operation but the linear layers.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from benchmarks.gpu_clock import replayed
 from tnc.kernels.qlr_launch import Packed
 from tnc.kernels.qlr_ops import dense, run
 from tnc.kernels.words import group_words
@@ -67,24 +67,10 @@ def _milliseconds(blocks: list[dict[str, Any]], apply: Apply) -> float:
     x = _weight(1, HIDDEN) * HIDDEN**0.5
     shape = (1, HEADS, CACHE, HIDDEN // HEADS)
     cache = [(torch.randn(shape, device="cuda").to(BRAIN), torch.randn(shape, device="cuda").to(BRAIN)) for _ in blocks]
-    stream = torch.cuda.Stream()
     with torch.no_grad():
-        with torch.cuda.stream(stream):
-            forward(x, blocks, cache, apply)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = forward(x, blocks, cache, apply)
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        time, y = replayed(lambda: forward(x, blocks, cache, apply), repeats=20)
     assert y.isfinite().all()
-    return statistics.median(times)
+    return time
 
 
 def _check() -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.gpu_clock import replayed
 from tnc.kernels.hadamard import hadamard
 from tnc.kernels.mpo_prices import candidates
 from tnc.terms import Hadamard, Mpo
@@ -26,23 +26,8 @@ CALLS = 20
 
 def microseconds(way: Callable[[], Tensor]) -> float:
     """Median time of one call in a graph of `CALLS`."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        way()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            way()
-    times = []
-    for _ in range(15):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / CALLS)
-    return statistics.median(times)
+    time, _ = replayed(lambda: [way() for _ in range(CALLS)], repeats=15)
+    return time * 1e3 / CALLS
 
 
 def row(name: str, shape: str, tokens: int, way: Callable[[], Tensor], exact: Tensor) -> dict[str, Any]:
