@@ -50,6 +50,13 @@ def test_forms_of_a_layer(folder):
     assert "matches 2 layers; pick one" in call(*arguments[:3], "*.mlp.up_proj", code=2).stderr
 
 
+def test_a_rank_beyond_use_can_be_forced(folder, tmp_path):
+    asked = ("compress", folder / "dense", "--recipe", "svd", "--rank", 16, "--calib", folder / "calib.txt",
+             "--sequences", 4, "--include", "*k_proj", "--force-rank", "--out", tmp_path / "small", "--json")  # fmt: skip
+    layers = json.loads(call(*asked).stdout)["layers"]
+    assert {layer["rank"] for layer in layers.values()} == {16}  # the useful limit is 10
+
+
 def test_draw_a_dense_and_a_factored_layer(folder, compressed):
     pytest.importorskip("matplotlib")
     picture = folder / "layer.png"
@@ -157,6 +164,11 @@ BASE = ["--recipe", "rtn", "--bits", 4, "--group-size", 16, "--out", "never"]
         (["compress", "{dense}", *BASE, "--group-size", 48], "does not divide"),
         (["compress", "{dense}", "--recipe", "svd", "--rank", 999, "--out", "never"], "outside 0 <= rank"),
         (["compress", "{dense}", "--recipe", "svd", "--rank", 2, "--bpw", 3, "--out", "never"], "exclude each other"),
+        (
+            ["compress", "{dense}", "--recipe", "svd", "--rank", 16, "--include", "*k_proj", "--out", "never"],
+            "above the useful limit",
+        ),
+        (["compress", "{dense}", "--recipe", "svd", "--bpw", 3, "--force-rank", "--out", "never"], "allows a --rank"),
         (["compress", "{dense}", *BASE, "--calib", "{short}"], "shorter than one window"),
         (["compress", "{dense}", "--recipe", "rtn", "--bits", 4, "--out", "{dense}"], "exists"),
         (["compress", "{dense}", *BASE, "--device", "cuda:7"], "cannot be used"),

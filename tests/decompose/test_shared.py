@@ -50,6 +50,16 @@ def test_error_is_the_tail_of_the_stacked_problem(seed, rank, fisher):
     assert squared_error(weights, stats, found) >= squared_error(weights, stats, apart) * (1 - 1e-9)
 
 
+def test_a_rank_beyond_the_use_of_the_group_is_refused_unless_forced():
+    weights, stats = layers(0, rows=(10, 10))
+    m, n = sum(len(w) for w in weights), weights[0].shape[1]
+    limit = m * n // (m + n)
+    with pytest.raises(RankError, match=rf"above the useful limit mn/\(m\+n\) = {limit}"):
+        decompose_shared(weights, [LowRankStage(limit + 1)], stats)
+    forced = decompose_shared(weights, [LowRankStage(Rank(limit + 1, forced=True))], stats)
+    assert forced[0].report.rank == limit + 1
+
+
 def test_one_layer_is_the_usual_decomposition():
     weights, stats = layers(0, rows=(8,))
     (shared,), alone = (

@@ -66,6 +66,9 @@ def compress(
         str | None, typer.Option("--format", help="Instead of --bits: nf4, mxfp4, nvfp4, fp8_e4m3, ternary, ...")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term, or bond dimension.")] = None,
+    force_rank: Annotated[
+        bool, typer.Option("--force-rank", help="Allow a rank whose factors have more entries than the weight.")
+    ] = False,
     cores: Annotated[int | None, typer.Option(help="Cores of a matrix product operator; default 2.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --rank: largest relative error of a layer.")] = None,
     bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
@@ -96,7 +99,7 @@ def compress(
             model=model, recipe=recipe, out=out, calib=calib, text=text, bits=bits, group_size=group_size,
             symmetric=symmetric or None, format=number_format, rank=rank, cores=cores, error=error, bpw=bpw,
             budget=budget, stats=stats, sequences=sequences, context=context, fisher=fisher, sequential=sequential,
-            include=include, exclude=exclude, seed=seed, device=device, base=base, plan=plan,
+            include=include, exclude=exclude, seed=seed, device=device, base=base, plan=plan, force_rank=force_rank,
         ),
         as_json=as_json,
     )  # fmt: skip

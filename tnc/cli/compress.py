@@ -16,7 +16,7 @@ from tnc.checkpoint.save import stored_tensors
 from tnc.cli import console
 from tnc.cli.calibration import calibration_data
 from tnc.cli.sources import context_of, open_model, open_text, resolve_device
-from tnc.decompose import BitsPerWeight, QuantizeStage, Recipe, RelativeError, Size, recipe
+from tnc.decompose import BitsPerWeight, QuantizeStage, Rank, Recipe, RelativeError, Size, recipe
 from tnc.errors import RecipeError
 from tnc.foreign import load_base
 from tnc.models.compress import compress
@@ -29,7 +29,7 @@ from tnc.terms import Expression
 
 _NOT_WITH_PLAN = (
     "recipe", "bits", "group_size", "symmetric", "format", "rank", "cores", "error", "bpw", "base", "include",
-    "exclude", "budget",
+    "exclude", "budget", "force_rank",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class CompressOptions:
     device: str
     base: Path | None = None
     plan: Path | None = None
+    force_rank: bool = False
 
 
 def run_compress(options: CompressOptions, *, as_json: bool) -> None:
@@ -157,13 +158,15 @@ def _recipe(options: CompressOptions) -> Recipe:
         raise RecipeError("tnc compress needs --recipe NAME (see tnc recipes), or --plan FILE (see tnc plan).")
     sizes: list[Size] = []
     if options.rank is not None:
-        sizes.append(options.rank)
+        sizes.append(Rank(options.rank, forced=True) if options.force_rank else options.rank)
     if options.error is not None:
         sizes.append(RelativeError(options.error))
     if options.bpw is not None:
         sizes.append(BitsPerWeight(options.bpw))
     if options.budget is not None:
         sizes.append(_bits(options.budget))
+    if options.force_rank and options.rank is None:
+        raise RecipeError("--force-rank allows a --rank above mn/(m+n); give that --rank, or leave --force-rank out.")
     if len(sizes) > 1:
         raise RecipeError(f"--rank, --error, --bpw, --budget exclude each other; got {len(sizes)} of them. Keep one.")
     return recipe(

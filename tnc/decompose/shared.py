@@ -17,7 +17,7 @@ from tnc.column_space import column_space
 from tnc.decompose.engine import Decomposition, bits_of_others
 from tnc.decompose.factors import FactorFormats, quantize_shared_factors
 from tnc.decompose.report import measure
-from tnc.decompose.sizes import BitsPerWeight, RelativeError, fixed_rank, float_bits, rank_within_bits
+from tnc.decompose.sizes import BitsPerWeight, RelativeError, check_useful, fixed_rank, float_bits, rank_within_bits
 from tnc.decompose.stages import Fitted, LowRankStage, Stage, Target
 from tnc.errors import RecipeError, check_matrix
 from tnc.metric import Metric, root
@@ -42,6 +42,7 @@ def decompose_shared(
 
     Raises:
         RecipeError: for layers with other inputs, or a rank given by an error.
+        RankError: also for a rank above mn/(m+n), m the rows of all layers, unless it is a `Rank` that is forced.
         RankError, FormatError, BudgetError, NonFiniteError: as the stages say.
     """
     for weight, each in zip(weights, stats, strict=True):
@@ -52,6 +53,9 @@ def decompose_shared(
             f"decompose_shared got {len(stages)} stages, sweeps={sweeps} and {len({id(s.inputs) for s in stats})} "
             "different inputs; expected at least one stage and sweep, and layers that share their input moments."
         )
+    for stage in stages:
+        if isinstance(stage, LowRankStage):
+            check_useful(stage.rank, (sum(len(w) for w in weights), weights[0].shape[1]), "LowRankStage")
     start = time.perf_counter()
     fits = _descend(_Group(tuple(weights), tuple(stats)), stages, sweeps)
     seconds = (time.perf_counter() - start) / len(weights)

@@ -261,8 +261,10 @@ def _decomposed(weight: Tensor, recipe: Recipe, stats: LayerStats | None, dtype:
 def _decomposed_together(weights: Sequence[Tensor], recipe: Recipe, stats: Sequence[LayerStats | None]) -> list[Record]:
     """Layers with the same inputs, with one right factor; they are not in the journal."""
     known = [each for each in stats if each is not None]
-    found = decompose_shared(weights, recipe.stages, known, sweeps=recipe.sweeps)
-    return [Record(each.operator, each.report.to_json()) for each in found]
+    served, notes = served_by(recipe, (sum(len(w) for w in weights), weights[0].shape[1]))
+    found = decompose_shared(weights, served.stages, known, sweeps=served.sweeps)
+    reports = [replace(each.report, fallbacks=notes + each.report.fallbacks) for each in found]
+    return [Record(each.operator, report.to_json()) for each, report in zip(found, reports, strict=True)]
 
 
 def _moments(stats: LayerStats | None) -> Iterator[Tensor | str | None]:

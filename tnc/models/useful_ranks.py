@@ -22,13 +22,15 @@ def check_ranks(recipe: Recipe, shapes: Sequence[tuple[int, int]]) -> None:
 
 def served_by(recipe: Recipe, shape: tuple[int, int]) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe for a layer that may be too small for its rank, and a note where it is."""
-    stages, notes = list(recipe.stages), []
+    candidates = [served_by(each, shape) for each in recipe.candidates]
+    stages, notes = list(recipe.stages), [note for _, told in candidates for note in told]
     for i, stage in enumerate(stages):
         rank = beyond_use(stage.rank, shape) if isinstance(stage, LowRankStage) else None
         if isinstance(stage, LowRankStage) and rank is not None:
             stages[i] = replace(stage, rank=Rank(rank, forced=True))
             notes.append(f"rank {rank} is above the useful limit mn/(m+n) = {useful_rank(shape)} of this layer")
-    return (replace(recipe, stages=tuple(stages)) if notes else recipe), tuple(notes)
+    served = tuple(each for each, _ in candidates)
+    return (replace(recipe, stages=tuple(stages), candidates=served) if notes else recipe), tuple(dict.fromkeys(notes))
 
 
 def forces_rank(recipe: Recipe) -> bool:
@@ -37,4 +39,5 @@ def forces_rank(recipe: Recipe) -> bool:
 
 
 def _low_rank(recipe: Recipe) -> list[LowRankStage]:
-    return [stage for stage in recipe.stages if isinstance(stage, LowRankStage)]
+    stages = [stage for each in (recipe, *recipe.candidates) for stage in each.stages]
+    return [stage for stage in stages if isinstance(stage, LowRankStage)]
