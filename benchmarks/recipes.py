@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.portfolio import on_cpu
 from benchmarks.run import machine
 from benchmarks.windows import spread
-from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, compress, recipe
+from tnc import RECIPES, BitsPerWeight, LayerStats, Recipe, calibrate, compress, recipe
 from tnc.decompose import measure
 from tnc.decompose.best import decompose_by
 from tnc.decompose.shared import decompose_shared
@@ -48,6 +48,9 @@ _SLOWER = ("yaqa_rotated_refined", "yaqa_refined", "yaqa_rotated", "yaqa", "gptq
 _ALTERNATING = ("caldera", "svdquant", "qlr_alternating", "qlr_gated")
 _WHOLE = ("odlri", "srr")  # take an integer rank
 _SLOWEST = ("awq", "lwc", "hqq", "autoround", "omniquant")
+_FLOAT_FACTORS = ("yaqa_lr", "quip_lr", "svdquant_smooth")
+_TRELLIS = ("yaqa_trellis", "qtip")
+_CHOSEN = ("best_at_bits",)  # takes the bits alone
 _SIGNS = 0.01  # bits a weight that signs of rotations and padding of small layers may take
 
 
@@ -65,17 +68,21 @@ class Row:
 
 
 def rows(widths: list[int], only: str) -> Iterator[Row]:
-    """Bases in groups of 64; with 4-bit factors in groups of 128 at the same bits; trellises have a scale a row."""
+    """Bases in groups of 64; with factors in groups of 128 at the same bits; trellises have a scale a row."""
     plain, coarse = {"group_size": 64}, {"group_size": 128, "factor_bits": 4}
     groups = (
         (_BASES, plain), (_FACTORED, coarse), (_SLOWER, plain), (_ALTERNATING, coarse), (_WHOLE, {**coarse, "rank": 6}),
-        (_SLOWEST, plain), (("yaqa_trellis", "qtip"), {}), (("yaqa_trellis_lr",), {"factor_bits": 4}),
+        (_SLOWEST, plain), (_FLOAT_FACTORS, {"group_size": 128}), (_TRELLIS, {}),
+        (("yaqa_trellis_lr",), {"factor_bits": 4}), (_CHOSEN, {}),
     )  # fmt: skip
     for name, options in ((name, options) for names, options in groups for name in names):
         if re.search(only, name):
             for bits in widths:
-                limit = {"rank": BitsPerWeight(bits + (16 + bits) / 64 + _SIGNS)} if "factor_bits" in options else {}
-                yield Row(bits, recipe(name, bits=bits, **{**limit, **options}))  # type: ignore[arg-type]
+                limit = (
+                    {"rank": BitsPerWeight(bits + (16 + bits) / 64 + _SIGNS)} if "rank" in RECIPES[name].options else {}
+                )
+                base = {} if name in _CHOSEN else {"bits": bits}
+                yield Row(bits, recipe(name, **{**base, **limit, **options}))  # type: ignore[arg-type]
 
 
 _WORK: dict[str, Any] = {}  # weights, statistics and rows, inherited by the processes
