@@ -19,8 +19,8 @@ def test_example_runs(path):
     assert done.stdout.strip()
 
 
-def test_there_are_four_examples():
-    assert len(EXAMPLES) == 4
+def test_there_are_six_examples():
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

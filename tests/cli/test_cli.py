@@ -52,8 +52,8 @@ def test_forms_of_a_layer(folder):
 
 def test_a_rank_beyond_use_can_be_forced(folder, tmp_path):
     asked = ("compress", folder / "dense", "--recipe", "svd", "--rank", 16, "--calib", folder / "calib.txt",
-             "--sequences", 4, "--include", "*k_proj", "--force-rank", "--out", tmp_path / "small", "--json")  # fmt: skip
-    layers = json.loads(call(*asked).stdout)["layers"]
+             "--sequences", 4, "--include", "*k_proj", "--force-rank", "--out", tmp_path / "small")  # fmt: skip
+    layers = json.loads(call(*asked, "--json").stdout)["layers"]
     assert {layer["rank"] for layer in layers.values()} == {16}  # the useful limit is 10
 
 

@@ -32,6 +32,16 @@ def problem(m, n, seed, *, fisher=True, heldout=True):
     return made.weight, made.stats(heldout=heldout)
 
 
+def test_a_portfolio_needs_no_plain_factors():
+    """Bases without factors name no factor format that the portfolio could lack."""
+    weight, stats = problem(16, 24, 0)
+    found = measure_curves(weight, stats, Portfolio(BASES, {"4": IntFormat(4)}, factor_ranks=(4,)))
+    assert {option.choice.factors for option in found.options if option.choice.rank} == {"4"}
+    whole = measure_curves(weight, stats, dataclasses.replace(PORTFOLIO, rank_step=99))
+    alone = {o.choice.base: o.bits for o in found.options if not o.choice.rank}
+    assert alone == {o.choice.base: o.bits for o in whole.options if not o.choice.rank}
+
+
 def decomposed(weight, choice, stats):
     built = PORTFOLIO.recipe(choice)
     return decompose(weight, built.stages, stats, transforms=built.transforms).report

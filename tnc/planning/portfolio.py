@@ -158,7 +158,8 @@ class Portfolio:
             stage = replace(stage, dtype=dtype)
         stages: tuple[Stage, ...] = () if stage is None else (stage,)
         if choice.rank or not stages:
-            stages = (*stages, LowRankStage(choice.rank, dtype=dtype, factor_format=self.factors[choice.factors]))
+            formats = self.factors[choice.factors] if choice.rank else None
+            stages = (*stages, LowRankStage(choice.rank, dtype=dtype, factor_format=formats))
         return stages
 
     def recipe(self, choice: Choice, dtype: torch.dtype | None = None) -> Recipe:
@@ -169,7 +170,11 @@ class Portfolio:
 
     def check(self, choice: Choice) -> None:
         """Raise `BudgetError` unless the portfolio has the names of a choice, and what is shared can be."""
-        for kind, name, known in (("base", choice.base, self.bases), ("factor format", choice.factors, self.factors)):
+        factors = ("factor format", choice.factors, self.factors)
+        for kind, name, known in (
+            ("base", choice.base, self.bases),
+            *((factors,) if choice.rank or choice.factors != PLAIN else ()),
+        ):
             if name not in known:
                 raise BudgetError(
                     f"{kind} {name!r} is not in the portfolio of this plan; expected one of {', '.join(known)}."

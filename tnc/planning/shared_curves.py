@@ -141,12 +141,12 @@ class _Group:
         return sum(f.limit - (0 if alone else b.term.storage_bits) for f, b in zip(self.fits, self.bases, strict=True))
 
     def plain(self) -> Options:
-        """Factors in the model's dtype, at every rank of the portfolio that stores less than the limit."""
+        """Factors in the model's dtype, if the portfolio has those, at every rank that stores less than the limit."""
         dtype = self.fits[0].dtype
         per_rank = (self.rows + self.fits[0].weight.shape[1]) * dtype.itemsize * 8
         ranks = range(self.portfolio.rank_step, min(self.largest, -(-self.rest // per_rank) - 1) + 1,
                       self.portfolio.rank_step)  # fmt: skip
-        if not ranks:
+        if not ranks or PLAIN not in self.portfolio.factors:
             return [[] for _ in self.fits]
         lefts, right = self._factors(ranks[-1])
         right = right.to(dtype)
