@@ -202,14 +202,17 @@ class FactoredLinear(nn.Module):
         self._bound_device = self._device()
         operator = from_spec(self._spec, self._tensors())
         self._kernel, self._candidates = choose(operator, self._bound_device, self._dtype, backend=self._backend)
-        if isinstance(self._kernel, Repacking) and self._ties:  # a layout of one layer would part what several share
+        if not isinstance(self._kernel, Repacking):
+            return
+        packed = self._kernel.pack(self._tensors())
+        tied = {name: stored for name, stored in self._stored.items() if stored in self._ties}
+        if all(packed.get(name) is getattr(self, stored) for name, stored in tied.items()):
+            self._hold_packed(packed)
+        else:  # a layout of one layer would part what several share
             self._kernel, self._candidates = choose(operator, self._bound_device, self._dtype, backend="einsum")
-        if isinstance(self._kernel, Repacking):
-            self._pack(self._kernel)
 
-    def _pack(self, kernel: Repacking) -> None:
+    def _hold_packed(self, packed: dict[str, Tensor]) -> None:
         """Hold the kernel's layout in the place of the buffers that it replaces."""
-        packed = kernel.pack(self._tensors())
         for name, stored in self._stored.items():
             if name not in packed:
                 self.register_buffer(stored, None)
@@ -279,7 +282,7 @@ def _relayout(held: Tensor, wanted: Tensor) -> None:
 
 
 def _packed(name: str) -> str:
-    return f"packed_{name}"
+    return f"packed_{name.replace('.', '_')}"
 
 
 class Tie:

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from tnc.kernels import einsum, mpo, qlr_cpu, reference
+from tnc.kernels import composed, einsum, mpo, qlr_cpu, reference
 from tnc.kernels.einsum import Plan, plan
 from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, backends, choose, register_kernel
 
@@ -18,6 +18,7 @@ __all__ = [
     "Tensors",
     "backends",
     "choose",
+    "composed",
     "einsum",
     "mpo",
     "plan",

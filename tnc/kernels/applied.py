@@ -38,7 +38,7 @@ class Applied:
 
     def describe(self) -> str:
         """The kind of the leaf."""
-        return f"fast {self.spec['kind']}"
+        return f"fast {self.spec['kind']}" if self.spec["kind"] in _ROW_FLOPS else str(self.spec["kind"])
 
 
 def is_applied(expression: Expression) -> bool:

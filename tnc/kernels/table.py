@@ -58,12 +58,14 @@ class Kernel:
         bind: prepares the kernel for an operator; the result keeps no tensor. If it is `Repacking`, it is called
             with the tensors that its ``pack`` returns.
         priority: ``backend="auto"`` takes the highest that serves.
+        delegates: ``bind`` takes device and dtype too, because it gives parts of the operator to other rows.
     """
 
     name: str
     serves: Callable[[Expression, torch.device, torch.dtype], str | None]
-    bind: Callable[[Expression], Bound]
+    bind: Callable[..., Bound]
     priority: int
+    delegates: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,13 @@ def choose(
     refusals = {row.name: row.serves(operator, device, dtype) for row in rows}
     chosen = _pick(rows, refusals, wanted)
     report = tuple(_candidate(row, chosen, refusals[row.name], wanted) for row in rows)
-    return chosen.bind(operator), report
+    bound = chosen.bind(operator, device, dtype) if chosen.delegates else chosen.bind(operator)
+    return bound, report
+
+
+def refusal_of(name: str, operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel of that name cannot serve an operator, or ``None``."""
+    return _KERNELS[name].serves(operator, device, dtype)
 
 
 def _pick(rows: list[Kernel], refusals: dict[str, str | None], wanted: str) -> Kernel:

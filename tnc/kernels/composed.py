@@ -1,0 +1,191 @@
+"""The ``composed`` row: products with rotations, scalings and permutations, and sums, whose parts have kernels.
+
+A product of transforms and operators that rows of the table serve runs factor by factor, the last first; a sum whose
+terms rows serve adds their outputs. Each part is given to the best row for it, so what is fused or repacked inside
+stays so: ``Q + L R`` between two rotations is a transform, one launch, a transform. Without this row ``einsum`` would
+rebuild the quantized weight on every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tnc.kernels.applied import Applied, is_applied
+from tnc.kernels.applied import applied as applied_leaf
+from tnc.kernels.q_plus_lr import q_plus_lr
+from tnc.kernels.table import Bound, Kernel, Repacking, Tensors, choose, refusal_of, register_kernel
+from tnc.terms import Diagonal, Expression, Product, Sum
+
+NAME = "composed"
+_PLAIN = ("einsum", "reference")  # what serves everything, and is no reason to compose
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of the operator with the kernel that runs it.
+
+    Attributes:
+        row: name of the kernel's row, or ``transform``.
+        kernel: bound to the piece.
+        names: (prefix in the piece, prefix in the whole) of its tensors; the first that fits counts.
+    """
+
+    row: str
+    kernel: Bound
+    names: tuple[tuple[str, str], ...]
+
+    def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """(tokens, in_features) to (tokens, out_features), in the dtype of ``x``."""
+        return self.kernel(x, self._inner(tensors))
+
+    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The piece's tensors, of those of the whole, in the kernel's layout."""
+        inner = self._inner(tensors)
+        return self._outer(self.kernel.pack(inner) if isinstance(self.kernel, Repacking) else inner)
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Inverse of `pack`."""
+        inner = self._inner(tensors)
+        return self._outer(self.kernel.unpack(inner) if isinstance(self.kernel, Repacking) else inner)
+
+    def describe(self) -> str:
+        """What runs."""
+        return self.kernel.describe() if self.row == "transform" else f"{self.row} ({self.kernel.describe()})"
+
+    def _inner(self, tensors: Tensors) -> dict[str, Tensor]:
+        return {inner + name.removeprefix(outer): tensor for name, tensor in tensors.items()
+                for inner, outer in self.names if name.startswith(outer)}  # fmt: skip
+
+    def _outer(self, tensors: Tensors) -> dict[str, Tensor]:
+        return {self._whole(name): tensor for name, tensor in tensors.items()}
+
+    def _whole(self, name: str) -> str:
+        """The name in the whole of a tensor of the piece."""
+        inner, outer = next(pair for pair in self.names if name.startswith(pair[0]))
+        return outer + name.removeprefix(inner)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The kernel bound to an operator: its parts in turn (a product), or added (a sum).
+
+    Attributes:
+        parts: of a product the last factor first, which meets x first.
+        added: whether the outputs are added.
+    """
+
+    parts: tuple[Part, ...]
+    added: bool
+
+    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Every part's layout; what no kernel repacks is the same tensor."""
+        return {name: tensor for part in self.parts for name, tensor in part.pack(tensors).items()}
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Inverse of `pack`, bit for bit."""
+        return {name: tensor for part in self.parts for name, tensor in part.unpack(tensors).items()}
+
+    def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """(..., in_features) to (..., out_features), in the dtype of ``x``; ``tensors`` as `pack` gives them."""
+        *batch, columns = x.shape
+        y = x.reshape(prod(batch), columns)
+        if self.added:
+            y = sum((part(y, tensors) for part in self.parts[1:]), start=self.parts[0](y, tensors))
+        else:
+            for part in self.parts:
+                y = part(y, tensors)
+        return y.reshape(*batch, y.shape[-1])
+
+    def describe(self) -> str:
+        """The parts in order."""
+        return (" + " if self.added else ", then ").join(part.describe() for part in self.parts)
+
+
+def is_transform(term: Expression) -> bool:
+    """Whether a factor changes the basis and no more: a rotation, scaling, permutation or selection."""
+    return is_applied(term) or isinstance(term, Diagonal)
+
+
+def transform(term: Expression, prefix: str) -> Part:
+    """The part of such a factor; ``prefix`` is that of its tensors in the whole."""
+    leaf = (
+        Applied((("vector", "vector"),), term.spec(), 0.0) if isinstance(term, Diagonal) else applied_leaf(term, "", 1)
+    )
+    return Part("transform", leaf, (("", prefix),))
+
+
+def parts_of(operator: Expression, device: torch.device, dtype: torch.dtype) -> tuple[Part, ...] | str:
+    """The parts of an operator that this row serves, or why it does not."""
+    if not isinstance(operator, Product | Sum) or len(operator.terms) < 2:
+        return "it runs products and sums of several terms"
+    walk = _factors(operator, device, dtype) if isinstance(operator, Product) else _summands(operator, device, dtype)
+    found: list[Part | str] = list(walk)
+    refused = next((part for part in found if isinstance(part, str)), None)
+    if refused is not None:
+        return refused
+    parts = tuple(part for part in found if isinstance(part, Part))
+    rows = {part.row for part in parts} - {"transform", *_PLAIN}
+    if not rows:
+        return "none of its parts has a kernel of its own here"
+    alone = next(iter(rows))
+    if len(rows) == 1 and alone != NAME and refusal_of(alone, operator, device, dtype) is None:
+        return f"{alone} runs all of it"
+    return parts
+
+
+def _factors(operator: Product, device: torch.device, dtype: torch.dtype) -> Iterator[Part | str]:
+    """Factors of a product, the last first; each is a transform or has a row of its own."""
+    for i, term in reversed(tuple(enumerate(operator.terms))):
+        if is_transform(term):
+            yield transform(term, f"{i}.")
+            continue
+        part = _part(term, (("", f"{i}."),), device, dtype)
+        yield f"its factor {i} ({term.kind}) has no kernel of its own here" if part.row in _PLAIN else part
+
+
+def _summands(operator: Sum, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
+    """Terms of a sum: a quantized and a low-rank one together where a row takes both, those left over by einsum."""
+    left = dict(enumerate(operator.terms))
+    for i, j in combinations(left, 2) if len(left) > 2 else ():
+        pair = Sum((operator.terms[i], operator.terms[j]))
+        if i in left and j in left and q_plus_lr(pair) is not None:
+            both = _part(pair, (("0.", f"{i}."), ("1.", f"{j}."), ("", f"{i}_{j}.")), device, dtype)
+            if both.row not in (*_PLAIN, NAME):
+                del left[i], left[j]
+                yield both
+    plain: list[int] = []
+    for i, term in left.items():
+        part = _part(term, (("", f"{i}."),), device, dtype)
+        if part.row in _PLAIN:
+            plain.append(i)
+        else:
+            yield part
+    if 0 < len(plain) < len(operator.terms):
+        names = tuple((f"{k}.", f"{i}.") for k, i in enumerate(plain))
+        yield _part(Sum(tuple(left[i] for i in plain)), names, device, dtype)
+
+
+def _part(term: Expression, names: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype) -> Part:
+    kernel, candidates = choose(term, device, dtype)
+    return Part(next(each.name for each in candidates if each.chosen), kernel, names)
+
+
+def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
+    found = parts_of(operator, device, dtype)
+    return found if isinstance(found, str) else None
+
+
+def bind(operator: Expression, device: torch.device, dtype: torch.dtype) -> Composed:
+    """The kernel for an operator that is not refused."""
+    parts = parts_of(operator, device, dtype)
+    assert not isinstance(parts, str), parts
+    return Composed(parts, isinstance(operator, Sum))
+
+
+register_kernel(Kernel(NAME, _serves, bind, priority=30, delegates=True))
