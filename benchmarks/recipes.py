@@ -5,7 +5,7 @@
 A row is (recipe, bits, seed): bits per weight, held-out error, predicted nats, and KL, Δloss and perplexity on held-out
 text beside the dense model. Layers are decomposed in processes of one thread, rows are scored by the first process,
 written as they come, and not computed again when the command is repeated: ``--seconds`` stops it early.
-``--table`` prints what the file holds, mean ± spread over the seeds.
+``--table FILE ...`` prints what the files hold, mean ± spread over the seeds.
 """
 
 from __future__ import annotations
@@ -280,10 +280,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("results/recipes.json"))
-    parser.add_argument("--table", action="store_true", help="print the table of --out")
+    parser.add_argument("--table", type=Path, nargs="*", help="print the table of these files, or of --out")
     arguments = parser.parse_args()
-    if arguments.table:
-        print("\n".join(table(_read(arguments.out))))
+    if arguments.table is not None:
+        files = [_read(path) for path in arguments.table or [arguments.out]]
+        print("\n".join(table({"rows": [row for found in files for row in found["rows"]]})))
     else:
         run(arguments)
 
