@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.triton_cases import low_rank, q_plus_lr, rounded
 
+from tnc import compiled
 from tnc.errors import BackendError
 from tnc.formats import IntFormat, number_format
-from tnc.kernels import choose, compiled
+from tnc.kernels import choose
 from tnc.kernels import qlr_cpu as row
 from tnc.modules import FactoredLinear
 from tnc.quant import rtn
@@ -157,15 +158,15 @@ def test_a_broken_library_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("TNC_CACHE", str(tmp_path))
     compiled.library.cache_clear()
     try:
-        assert not isinstance(compiled.library("qlr_cpu.c"), str)
+        assert not isinstance(compiled.library("kernels/qlr_cpu.c"), str)
         (built,) = tmp_path.glob("*.so")
         compiled.library.cache_clear()
         monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("built again"))
-        assert not isinstance(compiled.library("qlr_cpu.c"), str)
+        assert not isinstance(compiled.library("kernels/qlr_cpu.c"), str)
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken" / built.name).write_bytes(b"no library")
         monkeypatch.setenv("TNC_CACHE", str(tmp_path / "broken"))
         compiled.library.cache_clear()
-        assert "could not build it" in compiled.library("qlr_cpu.c")
+        assert "could not build it" in compiled.library("kernels/qlr_cpu.c")
     finally:
         compiled.library.cache_clear()

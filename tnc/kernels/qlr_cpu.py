@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tnc.compiled import library
 from tnc.formats import IntFormat
-from tnc.kernels.compiled import library
 from tnc.kernels.q_plus_lr import q_plus_lr
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.terms import Expression, Product, Quantized
@@ -52,7 +52,7 @@ def _places(bits: int) -> Tensor:
 
 
 def _call(name: str, tensors: tuple[Tensor, ...], *sizes: int) -> None:
-    found = library("qlr_cpu.c")
+    found = library("kernels/qlr_cpu.c")
     assert not isinstance(found, str), found
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     getattr(found, name)(*pointers, *map(ctypes.c_int64, (*sizes, torch.get_num_threads())))
@@ -209,7 +209,7 @@ def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> s
     found = refusal(operator)
     if found is not None:
         return found
-    built = library("qlr_cpu.c")
+    built = library("kernels/qlr_cpu.c")
     return built if isinstance(built, str) else None
 
 

@@ -16,6 +16,7 @@ from tnc.quant.levels import Columns
 from tnc.quant.order import column_order
 from tnc.quant.registry import QuantizerEntry, QuantizerResult, needed, register_quantizer
 from tnc.quant.rings import Rings, round_rings
+from tnc.quant.trellis import encoder_notes
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
 
@@ -88,7 +89,7 @@ def gptq_with_notes(
     found = feedback(hessian, damping, order=columns)
     grid = fit_grid(weight, format, importance=hessian.diagonal(), clip_ratios=clip_ratios)
     codes = _round_with_feedback(weight, grid, found.factor, found.order, block_size)
-    return QuantizerResult(grid.term(codes), found.damping, found.notes)
+    return QuantizerResult(grid.term(codes), found.damping, found.notes + encoder_notes(format))
 
 
 def _round_lines(
@@ -98,7 +99,8 @@ def _round_lines(
     found = feedback(hessian, damping, order=torch.arange(len(hessian)))
     grid = fit_grid(weight, format, importance=hessian.diagonal(), clip_ratios=clip_ratios)
     rings = Rings.of(grid, torch.ones(len(weight)), found.pivots)
-    return QuantizerResult(grid.term(round_rings(weight, rings, None, found.factor)), found.damping, found.notes)
+    codes = round_rings(weight, rings, None, found.factor)
+    return QuantizerResult(grid.term(codes), found.damping, found.notes + encoder_notes(format))
 
 
 def _round_with_feedback(weight: Tensor, grid: Grid, factor: Tensor, order: Tensor, block_size: int) -> Tensor:

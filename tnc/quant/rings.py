@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tnc.formats import TrellisFormat
 from tnc.quant.grid import Grid
+from tnc.quant.line_feedback import LineFeedback, line_of
 from tnc.quant.trellis import encode_rings
 from tnc.terms import Quantized
 
@@ -68,7 +69,9 @@ class Rings:
         return codes, scale * levels
 
 
-def round_rings(weight: Tensor, rings: Rings, row_factor: Tensor | None, column_factor: Tensor) -> Tensor:
+def round_rings(
+    weight: Tensor, rings: Rings, row_factor: Tensor | None, column_factor: Tensor, tile: int = 32
+) -> Tensor:
     """Codes (m, n) uint8 such that every entry of ``Uᵀ (W - Q) V`` is that entry's own rounding error.
 
     Args:
@@ -76,21 +79,19 @@ def round_rings(weight: Tensor, rings: Rings, row_factor: Tensor | None, column_
         rings: of the grid.
         row_factor: U (m, m), unit upper triangular; ``None`` is the identity.
         column_factor: V (n, n), unit upper triangular.
+        tile: anti-diagonals that take the feedback of all before them together; changes speed and float rounding only.
 
-    Cost: ``m n (m + n)`` flops and the encoder's, see `encode`; float32.
+    Cost: that of `LineFeedback` and the encoder's, see `encode`; float32.
     """
-    weight, right = weight.float(), column_factor.float()
-    upper = None if row_factor is None else row_factor.float()
+    weight = weight.float().contiguous()
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    summed = torch.zeros_like(weight)  # E V of the entries rounded so far
+    upper = None if row_factor is None else row_factor.float()
+    feedback = LineFeedback(upper, column_factor.float(), len(weight), tile)
     for number in range(rings.lines):
-        row, column = rings.line(number)
-        last = int(row[-1]) + 1
-        fed_back = summed[row, column] if upper is None else (upper[:last, row] * summed[:last, column]).sum(0)
-        codes[row, column], values = rings.encode(number, weight[row, column] + fed_back)
-        error = weight[row, column] - values
-        first = int(column[-1])
-        summed[row, first:] += error.unsqueeze(1) * right[column, first:]
+        line = line_of(weight, number)
+        found, values = rings.encode(number, line + feedback.targets(number))
+        line_of(codes, number).copy_(found)
+        feedback.record(number, line - values)
     return codes
 
 

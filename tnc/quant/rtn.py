@@ -10,6 +10,7 @@ from tnc.formats import NumberFormat
 from tnc.quant.clip import CLIP_RATIOS, fit_grid
 from tnc.quant.grid import check_quantizable
 from tnc.quant.registry import QuantizerEntry, QuantizerResult, register_quantizer
+from tnc.quant.trellis import encoder_notes
 from tnc.stats import LayerStats
 from tnc.terms import Quantized
 
@@ -48,7 +49,7 @@ def rtn(
 def _run(
     weight: Tensor, stats: LayerStats | None, format: NumberFormat, *, clip_ratios: Sequence[float] = CLIP_RATIOS
 ) -> QuantizerResult:
-    return QuantizerResult(rtn(weight, format, stats=stats, clip_ratios=clip_ratios))
+    return QuantizerResult(rtn(weight, format, stats=stats, clip_ratios=clip_ratios), fallbacks=encoder_notes(format))
 
 
 register_quantizer(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tnc.errors import FormatError
 from tnc.formats import CODES, NumberFormat, TrellisFormat
+from tnc.quant import viterbi, viterbi_compiled
 from tnc.quant.levels import Columns, Levels, register_levels
-from tnc.quant.viterbi import Trellis, encode, least_costs
+from tnc.quant.viterbi import Trellis
 
 _FLOATS = 1 << 25  # costs held at a time by the encoder (128 MB), or one ring's
 
@@ -58,8 +59,7 @@ class TrellisLevels:
         scale = self.scale.expand(values.shape)
         targets, weights = _normalized(values, scale)
         for rings in _rings(self.format, (values.shape[0], values.shape[1])):
-            parts = _parts(self.format, targets.view(-1)[rings], weights.view(-1)[rings])
-            least = torch.cat([least_costs(trellis_of(self.format), *part) for part in parts])
+            least = least_ring_costs(self.format, targets.view(-1)[rings], weights.view(-1)[rings])
             total += least.reshape(-1, values.shape[1]).sum(0)
         return total * scale.double().amax().cpu() ** 2
 
@@ -104,14 +104,35 @@ class _TrellisColumns:
 
 
 def encode_rings(format: TrellisFormat, targets: Tensor, weights: Tensor) -> Tensor:
-    """Codes (T, B) uint8 of B rings of T entries each: `encode`, as many at a time as memory should hold.
+    """Codes (T, B) uint8 of B rings of T entries each, in C where it can be, else as many at a time as memory holds.
 
     Args:
         format: of the codes.
         targets: (T, B) in units of the scale, float32 on the CPU.
         weights: (T, B) of the squared errors, in any unit.
     """
-    return torch.cat([encode(trellis_of(format), *part) for part in _parts(format, targets, weights)], 1)
+    trellis = trellis_of(format)
+    if _in_c(trellis, len(targets)):
+        return viterbi_compiled.encode(trellis, targets, weights)
+    return torch.cat([viterbi.encode(trellis, *part) for part in _parts(format, targets, weights)], 1)
+
+
+def least_ring_costs(format: TrellisFormat, targets: Tensor, weights: Tensor) -> Tensor:
+    """(B,) float64, at most the weighted squared error of any codes of B rings (T, B), as `encode_rings` takes them."""
+    trellis = trellis_of(format)
+    if _in_c(trellis, len(targets)):
+        return viterbi_compiled.least_costs(trellis, targets, weights)
+    return torch.cat([viterbi.least_costs(trellis, *part) for part in _parts(format, targets, weights)])
+
+
+def encoder_notes(format: NumberFormat) -> tuple[str, ...]:
+    """For reports: that the encoder could not be compiled, and so is slow; the codes are the same."""
+    reason = viterbi_compiled.refusal(trellis_of(format)) if isinstance(format, TrellisFormat) else None
+    return () if reason is None else (f"the trellis encoder ran in torch, not in C, with the same codes: {reason}",)
+
+
+def _in_c(trellis: Trellis, length: int) -> bool:
+    return length > trellis.digits and viterbi_compiled.refusal(trellis) is None
 
 
 def _parts(format: TrellisFormat, targets: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,6 +3,9 @@
 A state is ``D = state_bits / bits`` digits in base ``K = 2**bits``, the last D codes. Costs are kept with one
 axis a digit, the code of time t on axis ``t mod D``: there the oldest code is minimised out and the newest comes
 in, so nothing is ever shuffled in memory.
+
+Costs are float32, ``(level * w + l) * level`` with ``l = -2 w target``, plus the least before, each operation rounded
+by itself; ties go to the lowest digit. `tnc.quant.viterbi_compiled` does the same operations and finds the same codes.
 """
 
 from __future__ import annotations
@@ -40,6 +43,11 @@ class Trellis:
         axes = [[D - 1 - (a - slot) % D for slot in range(D)] for a in range(D)]
         return cls(bits, D, torch.stack([cube.permute(order).reshape(-1) for order in axes]))
 
+    @property
+    def levels(self) -> Tensor:
+        """(K**D,) levels by state: memory at slot D - 1 runs from the oldest code to the newest."""
+        return self.values[self.digits - 1]
+
     def stride(self, time: int) -> int:
         """Distance in memory between neighbouring codes of a time."""
         return 1 << self.bits * (self.digits - 1 - time % self.digits)
@@ -65,10 +73,10 @@ def encode(trellis: Trellis, targets: Tensor, weights: Tensor) -> Tensor:
     length, D = len(targets), trellis.digits
     if length <= D:
         return _exhaustive(trellis, targets, weights)
-    half = min(max(length // 2, D), _DEPTH * D)
+    half = window_of(trellis, length)
     window = torch.arange(-half, half) % length
     costs = _costs(trellis, targets[window], weights[window], None)
-    seam = _trace(trellis, costs, costs[-1].argmin(-1).numpy(), half - D + 1)[half - D + 1 : half]
+    seam = _trace(trellis, costs, _cheapest(trellis, costs[-1], 2 * half - 1), half - D + 1)[half - D + 1 : half]
     start = torch.full((targets.shape[1], trellis.values.shape[1] >> trellis.bits), _FAR)
     start[torch.arange(len(start)), torch.from_numpy(_place(trellis, seam, 0))] = 0  # without slot 0, the outermost
     costs = _costs(trellis, targets, weights, start)
@@ -76,16 +84,26 @@ def encode(trellis: Trellis, targets: Tensor, weights: Tensor) -> Tensor:
     return torch.from_numpy(_trace(trellis, costs, end, 0))
 
 
+def window_of(trellis: Trellis, length: int) -> int:
+    """Codes on each side of the seam of a ring that the first pass looks at."""
+    return min(max(length // 2, trellis.digits), _DEPTH * trellis.digits)
+
+
 def least_costs(trellis: Trellis, targets: Tensor, weights: Tensor) -> Tensor:
     """(B,) float64, at most the weighted squared error of any ring: the optimum over open sequences.
 
     Rounding in float32 is taken off.
     """
-    energy = (weights.double() * targets.double().square()).sum(0)
     if len(targets) <= trellis.digits:
         least = _ring_costs(trellis, targets, weights)[0].amin(-1)
     else:
         least = _costs(trellis, targets, weights, None)[-1].amin(-1)
+    return bound_of(least, targets, weights)
+
+
+def bound_of(least: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """(B,) float64: least float32 costs less ``weights * targets²`` as squared errors, their rounding taken off."""
+    energy = (weights.double() * targets.double().square()).sum(0)
     slack = 4 * len(targets) * torch.finfo(torch.float32).eps
     return (energy + least.double() - slack * (energy + least.double().abs())).clamp_min(0)
 
@@ -94,15 +112,34 @@ def _costs(trellis: Trellis, targets: Tensor, weights: Tensor, start: Tensor | N
     """(T, B, states): least cost of a path that ends there at t, less ``weights * targets²``."""
     (length, count), K, D = targets.shape, 1 << trellis.bits, trellis.digits
     costs = torch.empty(length, count, trellis.values.shape[1])
-    linear, quadratic, squares = (-2 * weights * targets).unsqueeze(-1), weights.unsqueeze(-1), trellis.values.square()
+    linear, quadratic = linear_costs(targets, weights).unsqueeze(-1), weights.unsqueeze(-1)
     for slot in range(min(D, length)):  # what every state costs by itself, all times of a slot at once
-        torch.mul(squares[slot], quadratic[slot::D], out=costs[slot::D]).addcmul_(trellis.values[slot], linear[slot::D])
+        level, own = trellis.values[slot], costs[slot::D]
+        torch.mul(level, quadratic[slot::D], out=own).add_(linear[slot::D]).mul_(level)
     least = None if start is None else start.view(count, 1, 1, -1)
     for t, now in enumerate(costs):
         if least is not None:
             now.view(count, K ** (t % D), K, -1).add_(least)
         least = now.view(count, K ** ((t + 1) % D), K, -1).amin(2, keepdim=True)
     return costs
+
+
+def linear_costs(targets: Tensor, weights: Tensor) -> Tensor:
+    """What a level costs per unit besides its square."""
+    return -2 * weights * targets
+
+
+def _cheapest(trellis: Trellis, costs: Tensor, time: int) -> NDArray[np.int64]:
+    """Where in memory the cheapest states (B,) of costs (B, states) at a time lie.
+
+    Of several those of the lowest newer codes, of these the one of the lowest oldest code.
+    """
+    D = trellis.digits
+    places = torch.arange(costs.shape[1]).reshape([1 << trellis.bits] * D)
+    slots = [(time + 1 + i) % D for i in range(D)]  # of the codes from the oldest on
+    order = places.permute([*slots[1:], slots[0]]).reshape(-1).numpy()
+    found: NDArray[np.int64] = order[costs.numpy()[:, order].argmin(1)]
+    return found
 
 
 def _trace(trellis: Trellis, costs: Tensor, end: NDArray[np.int64], first: int) -> NDArray[np.uint8]:
@@ -145,10 +182,5 @@ def _ring_costs(trellis: Trellis, targets: Tensor, weights: Tensor) -> tuple[Ten
     every = torch.arange(1 << bits * length)
     codes = torch.stack([every >> bits * t & ((1 << bits) - 1) for t in range(length)])
     states = sum(codes.roll(i, 0) << bits * i for i in range(D))
-    levels = _by_state(trellis)[states]  # (T, rings)
+    levels = trellis.levels[states]  # (T, rings)
     return weights.T @ levels.square() - 2 * (weights * targets).T @ levels, codes
-
-
-def _by_state(trellis: Trellis) -> Tensor:
-    """Levels in the order of states, newest code lowest: memory at slot D - 1 runs from oldest to newest."""
-    return trellis.values[trellis.digits - 1]

@@ -16,6 +16,7 @@ from tnc.quant.gptq import gptq_with_notes
 from tnc.quant.grid import check_quantizable, working_dtype
 from tnc.quant.registry import QuantizerEntry, QuantizerResult, needed, register_quantizer
 from tnc.quant.rings import Rings, round_rings
+from tnc.quant.trellis import encoder_notes
 from tnc.quant.wavefront import round_two_sided
 from tnc.stats import LayerStats
 
@@ -71,10 +72,11 @@ def yaqa(
     inputs = feedback(hessian, damping, order=across)
     outputs = feedback(stats.gradient.second.to(weight.device), gradient_damping, order=down, side="G")
     grid = fit_grid(weight, format, importance=hessian.diagonal(), clip_ratios=clip_ratios)
-    notes, damping = inputs.notes + outputs.notes, max(inputs.damping, outputs.damping)
+    notes, damping = inputs.notes + outputs.notes + encoder_notes(format), max(inputs.damping, outputs.damping)
     if not format.columns_alone:
         rings = Rings.of(grid, outputs.pivots, inputs.pivots)
-        return QuantizerResult(grid.term(round_rings(weight, rings, outputs.factor, inputs.factor)), damping, notes)
+        codes = round_rings(weight, rings, outputs.factor, inputs.factor, tile)
+        return QuantizerResult(grid.term(codes), damping, notes)
     dtype, across, down = working_dtype(weight), inputs.order, outputs.order.unsqueeze(1)
     levels = grid.levels(dtype, across, len(weight)).at(itemgetter(outputs.order))
     ordered = weight.to(dtype)[down, across]

@@ -25,33 +25,33 @@ def cache_folder() -> Path:
 
 
 @lru_cache(maxsize=8)
-def library(source: str) -> ctypes.CDLL | str:
-    """A C file of this package as a loaded library, or why there is none.
+def library(source: str, *more: str) -> ctypes.CDLL | str:
+    """A C file of this package, such as ``kernels/qlr_cpu.c``, as a loaded library, or why there is none.
 
     Built in about a second by ``$CC`` (``cc`` by default) and kept in `cache_folder` under a name made of the source,
-    the flags and the processor.
+    the flags and the processor. ``more`` are flags besides the usual ones.
     """
-    text = files("tnc.kernels").joinpath(source).read_bytes()
+    text, flags = files("tnc").joinpath(source).read_bytes(), (*_FLAGS, *more)
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return "it is built by a C compiler on first use, and there is none ($CC, cc)"
-    key = hashlib.sha256(b"\0".join([text, " ".join((compiler, *_FLAGS)).encode(), _processor()])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([text, " ".join((compiler, *flags)).encode(), _processor()])).hexdigest()[:16]
     target = cache_folder() / f"{Path(source).stem}-{key}.so"
     try:
         if not target.exists():
-            _build(compiler, text, target)
+            _build((compiler, *flags), text, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"{compiler} could not build it: {said.strip().splitlines()[0] if said.strip() else error!r}"
 
 
-def _build(compiler: str, text: bytes, target: Path) -> None:
+def _build(compiler: tuple[str, ...], text: bytes, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, built = Path(folder) / "source.c", Path(folder) / "built.so"
         source.write_bytes(text)
-        command = [compiler, *_FLAGS, str(source), "-o", str(built)]
+        command = [*compiler, str(source), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         os.replace(built, target)
 
