@@ -189,6 +189,14 @@ def test_krylov_leaves_tiny_tails_to_finer_solvers(monkeypatch, tail):
     assert found.basis.shape[1] == (18 if tail is None else 14)
 
 
+def test_no_gram_matrix_is_tried_for_a_tail_that_float32_did_not_resolve(monkeypatch):
+    monkeypatch.setattr(truncate, "_GRAM_LIMIT", 100)
+    monkeypatch.setattr(truncate, "_by_gram", None)
+    found = truncate.split(decaying(240, 260, rate=0.5).float(), 10)
+    assert found.basis.dtype == torch.float32
+    assert float(found.tail) == pytest.approx(0.25**10 / 0.75, rel=1e-2)
+
+
 def test_krylov_of_a_zero_matrix(monkeypatch):
     monkeypatch.setattr(truncate, "_GRAM_LIMIT", 100)
     found = truncate.split(torch.zeros(120, 130), 10)

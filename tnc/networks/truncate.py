@@ -72,7 +72,10 @@ def split(matrix: Tensor, rank: int, tail: float | None = None, *, seed: int = 0
         ):
             continue
         found = _by_krylov(matrix, rank, tail, total, precision, seed) if large else None
-        found = found or _by_gram(matrix, rank, tail, total, precision)
+        if found is None:
+            found = _by_gram(matrix, rank, tail, total, precision)
+        elif precision == torch.float32 and bool((found.tail < floor).any()):
+            continue  # nor would its Gram matrix resolve it, after a minute for 4096 rows
         if found is not None:
             return found
     return _svd(matrix, rank, tail)
@@ -114,8 +117,6 @@ def _by_krylov(
         return None
     basis, rest = found
     left = (total - energy(rest)).clamp_min(0)
-    if precision == torch.float32 and bool(left < _FLOORS[precision] * total):
-        return None
     return Split(basis.to(matrix.dtype), rest.to(matrix.dtype), left)
 
 

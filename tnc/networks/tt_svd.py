@@ -197,7 +197,7 @@ def _sweep(
         rest = white.whitened(rest.squeeze(0)).unsqueeze(0)
     total = energy(rest.reshape(batch, 1, -1)).cpu()
     left = None if eps is None else eps**2 * float(total)
-    cores, tails, notes = [], [], _padding_notes((rows, columns), outs, ins)
+    cores, tails, notes = [], [], padding_notes((rows, columns), outs, ins)
     rank = 1
     for k, limit in enumerate(limits):
         rest = rest.reshape(batch, rank * outs[k] * ins[k], -1)
@@ -219,7 +219,8 @@ def _sweep(
     ]
 
 
-def _padding_notes(shape: tuple[int, int], outs: Modes, ins: Modes) -> list[str]:
+def padding_notes(shape: tuple[int, int], outs: Modes, ins: Modes) -> list[str]:
+    """A sentence where the modes multiply to more than the features."""
     full = (prod(outs), prod(ins))
     return [] if full == shape else [f"padded from {shape} to {full}: the padding is stored"]
 
