@@ -1,132 +1,304 @@
 """Healing: matrix product operators against truncated SVD at the same bits, before and after the same fine-tune.
 
-    python -m benchmarks.heal MODEL --calib TEXT --train TEXT --text TEXT --out results/heal.json
+    python -m benchmarks.heal MODEL --calib TEXT --train TEXT [TEXT ...] --text TEXT --jobs 16 --out results/heal.json
+    python -m benchmarks.heal --table --out results/heal.json
 
-Every variant stores ``--share`` of the bits of the dense linears in float16. Progress goes to standard output, and
-the JSON file is written after every variant, so that a run that is cut short keeps what it has.
+Every row stores at most ``--share`` of 16 bits a weight of the decoder's linear layers, factors in float16. Layers are
+decomposed in processes of one thread, and each row is scored, healed and scored again as soon as it is whole. The rate
+of every row is the best of ``--rates`` by KL on training windows kept apart, after ``--search`` steps. The JSON file is
+written after every row, and rows it has are not computed again: ``--seconds`` stops early.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import multiprocessing
 import re
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks.portfolio import on_cpu
 from benchmarks.run import machine
-from tnc import BitsPerWeight, LayerStats, Metric, ModelReport, Recipe, calibrate, compress, heal, load_stats
-from tnc.decompose import LowRankStage, MpoStage, Stage
-from tnc.decompose.forms import FormStage, blast
+from benchmarks.windows import spread
+from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, compress, heal, load_stats, recipe
+from tnc.errors import TNCError
 from tnc.models.evaluate import evaluate
+from tnc.models.heal import HealReport
 from tnc.models.hf import load_model, load_tokenizer
-from tnc.models.text import calibration_batches, read_text, token_windows
+from tnc.models.layers import select_layers, weight_of
+from tnc.models.pooling import at_rank, pooled_layer
+from tnc.models.report import ModelReport
+from tnc.models.text import Tokenizer, calibration_batches, full_windows, read_text, token_windows
+from tnc.modules import FactoredLinear
+from tnc.planning import PooledLayer, pooled_ranks
+from tnc.terms import from_spec, map_tensors
+
+DTYPE = torch.float16  # of stored factors
 
 
-def variants(share: float, only: str) -> list[Recipe]:
-    """Truncated SVD, MPO and BLAST, plain and in the metric, at ``16 * share`` bits per weight."""
-    size = BitsPerWeight(16 * share)
-    stages: dict[str, Stage] = {
-        "svd, Frobenius": LowRankStage(size, metric=Metric.identity),
-        "svd, G ⊗ H": LowRankStage(size),
-        "mpo 2 cores, Frobenius": MpoStage(size, metric=Metric.identity, sweeps=0),
-        "mpo 2 cores, G ⊗ H": MpoStage(size, sweeps=1),
-        "blast 8×8, G ⊗ H": FormStage(_blast, size),
-    }
-    found = [Recipe(name, (stage,)) for name, stage in stages.items()]
-    found.append(Recipe("svd, G ⊗ H, pooled", (LowRankStage(size, metric=Metric.auto),), pooled=size))
-    return [each for each in found if re.search(only, each.name)]
+def rows(share: float, only: str) -> list[Recipe]:
+    """Truncated SVD and matrix product operators at ``16 * share`` bits a weight, cheap ones first."""
+    size = {"rank": BitsPerWeight(16 * share)}
+    found = [recipe(name, **size) for name in ("svd_fisher", "compactifai", "svd_pooled", "svd", "svd_llm")]
+    found.append(recipe("compactifai", **size, cores=3))
+    found += [recipe(name, **size) for name in ("mpo", "mpo_low_rank", "mpo_pooled", "mpo_ordered")]
+    found += [recipe("mpo", **size, cores=3), recipe("blast", **size, blocks=8)]
+    return [each for each in found if re.search(only, label(each))]
 
 
-def _blast(weight: torch.Tensor, rank: Any, /, **options: Any) -> Any:  # noqa: ANN401
-    rows, columns = (max(d for d in range(1, 9) if size % d == 0) for size in weight.shape)
-    return blast(weight, rank, blocks=(rows, columns), sweeps=3, **options)
+def label(each: Recipe) -> str:
+    """Name of a row: the recipe, and its cores if it says how many."""
+    cores = (each.options or {}).get("cores")
+    return each.name if cores is None else f"{each.name}, {cores} cores"
+
+
+_WORK: dict[str, Any] = {}  # weights and statistics, inherited by the processes
+
+
+@dataclass(frozen=True)
+class _Job:
+    row: int
+    layer: str
+    recipe: Recipe
+
+
+Made = tuple[Any, dict[str, Any], dict[str, Any]]
+"""Specification, tensors and report of one layer; arrays, because tensors do not travel between processes."""
+
+
+def _decomposed(job: _Job) -> tuple[_Job, Made | str]:
+    torch.set_num_threads(1)
+    try:
+        return job, _layer(job)
+    except TNCError as error:  # blocks may not divide a small layer; the row is left out, and says so
+        return job, f"{job.layer}: {error}"
+
+
+def _layer(job: _Job) -> Made:
+    weight = _WORK["weights"][job.layer]
+    alone = nn.ModuleDict({"layer": nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)})
+    weight_of(alone["layer"]).data.copy_(weight)
+    compress(alone, job.recipe, stats={"layer": _WORK["stats"][job.layer]}, dtype=DTYPE, inplace=True)
+    made = alone["layer"]
+    assert isinstance(made, FactoredLinear) and made.report is not None
+    tensors = {name: tensor.detach().numpy() for name, tensor in made.operator.tensors().items()}
+    return made.operator.spec(), tensors, made.report
+
+
+def _spectrum(job: tuple[Recipe, str]) -> PooledLayer:
+    torch.set_num_threads(1)
+    each, layer = job
+    return pooled_layer(each, _WORK["weights"][layer], _WORK["stats"][layer], DTYPE)
+
+
+def _of_layers(each: Recipe, pool: Any) -> dict[str, Recipe]:  # noqa: ANN401
+    """The recipe of every layer: the row's, or for a pooled one that of the rank it gets."""
+    layers = list(_WORK["weights"])
+    if each.pooled is None:
+        return dict.fromkeys(layers, each)
+    known = pool.map(_spectrum, [(each, layer) for layer in layers], chunksize=1)
+    ranks = pooled_ranks(dict(zip(layers, known, strict=True)), each.pooled.value).ranks
+    return {layer: at_rank(each, ranks[layer], DTYPE) for layer in layers}
+
+
+def decomposed(
+    todo: Mapping[int, Recipe], dense: nn.Module, jobs: int, backend: str
+) -> Iterator[tuple[int, nn.Module]]:
+    """The model of every row, in the order in which they become whole."""
+    layers = select_layers(dense)
+    made: dict[int, dict[str, Made]] = {number: {} for number in todo}
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        work = [
+            _Job(number, layer, its) for number, each in todo.items() for layer, its in _of_layers(each, pool).items()
+        ]
+        work.sort(key=lambda job: (job.row, -_WORK["weights"][job.layer].numel()))
+        for job, found in pool.imap_unordered(_decomposed, work):
+            if isinstance(found, str):
+                if made.pop(job.row, None) is not None:
+                    print(f"{label(todo[job.row])} left out: {found}", flush=True)
+                continue
+            if job.row not in made:
+                continue
+            made[job.row][job.layer] = found
+            if len(made[job.row]) == len(layers):
+                yield job.row, _assembled(dense, made.pop(job.row), backend)
+
+
+def _assembled(dense: nn.Module, made: Mapping[str, Made], backend: str) -> nn.Module:
+    small, device = copy.deepcopy(dense), next(dense.parameters()).device
+    for name, (spec, arrays, report) in made.items():
+        operator = from_spec(spec, {key: torch.from_numpy(array) for key, array in arrays.items()})
+        operator = map_tensors(operator, lambda t: t.to(device))
+        module = FactoredLinear.from_linear(small.get_submodule(name), operator, backend=backend)
+        module.report = report
+        parent, _, child = name.rpartition(".")
+        setattr(small.get_submodule(parent), child, module)
+    return small
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every row is healed."""
+
+    batches: list[Tensor]
+    kept: list[Tensor]  # training windows that choose the rate
+    teacher: nn.Module
+    rates: list[float]
+    search: int
+    block_steps: int
+    logit_steps: int
+    seed: int
+
+    def healed(self, small: nn.Module) -> tuple[HealReport, dict[str, float], float]:
+        """Heal in place: the report, KL on the kept windows by rate, and the rate taken."""
+        kl = {}
+        for rate in self.rates if len(self.rates) > 1 else ():
+            tried = copy.deepcopy(small)
+            self._run(tried, rate, self.search // 3, self.search - self.search // 3)
+            kl[rate] = float(evaluate(tried, self.kept, reference=self.teacher, batch_size=16).kl or 0)
+        best = min(kl, key=lambda rate: kl[rate]) if kl else self.rates[0]
+        report = self._run(small, best, self.block_steps, self.logit_steps)
+        return report, {str(rate): value for rate, value in kl.items()}, best
+
+    def _run(self, small: nn.Module, rate: float, block_steps: int, logit_steps: int) -> HealReport:
+        narrow = torch.bfloat16 if next(self.teacher.parameters()).is_cuda else None
+        return heal(
+            small, self.batches, teacher=self.teacher, block_steps=block_steps, logit_steps=logit_steps,
+            learning_rate=rate, seed=self.seed, autocast=narrow,
+        )  # fmt: skip
+
+
+def row(each: Recipe, small: nn.Module, training: Training, windows: list[Tensor]) -> dict[str, Any]:
+    """One row of the file: bits, errors, scores before and after, how it was healed."""
+    fields = ModelReport.of(small).to_json()
+    layers = fields.pop("layers")
+    ranks = {name: report["bonds"] or report["rank"] for name, report in layers.items()}
+    before = evaluate(small, windows, reference=training.teacher, batch_size=16).to_json()
+    print(f"{label(each):<24} {fields['bits_per_weight']:.3f} b, nats {fields['predicted_nats']:.4f}, before: "
+          f"perplexity {before['perplexity']:9.2f} KL {before['kl']:.4f}", flush=True)  # fmt: skip
+    start = time.perf_counter()
+    report, searched, rate = training.healed(small)
+    after = evaluate(small, windows, reference=training.teacher, batch_size=16).to_json()
+    print(f"{'':<24} after {time.perf_counter() - start:.0f} s at rate {rate}: perplexity {after['perplexity']:9.2f} "
+          f"KL {after['kl']:.4f}", flush=True)  # fmt: skip
+    return {
+        **fields, "row": label(each), "ranks": ranks, "before": before, "after": after, "rate": rate,
+        "searched": searched, "heal": report.to_json(),
+        "tokens": (training.block_steps + training.logit_steps) * training.batches[0].numel(),
+    }  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compress, score, heal and score again, variant by variant."""
-    device, start = torch.device(arguments.device), time.perf_counter()
-    dense = load_model(arguments.model, device=device)
-    tokenizer = load_tokenizer(arguments.model)
-    stats = _stats(arguments, dense, tokenizer)
-    train = calibration_batches(
-        tokenizer, read_text(arguments.train), context=arguments.context, sequences=arguments.sequences,
-        batch_size=arguments.batch, seed=arguments.seed,
-    )  # fmt: skip
-    windows = list(token_windows(tokenizer, read_text(arguments.text), arguments.context))[: arguments.windows]
-    base = evaluate(dense, windows)
-    print(f"dense: perplexity {base.perplexity:.2f}", flush=True)
-    result: dict[str, Any] = {
-        "machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "dense": base.to_json(),
-        "rows": [],
-    }  # fmt: skip
-    for each in variants(arguments.share, arguments.only):
-        result["rows"].append(_variant(each, dense, stats, train, windows, arguments))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{time.perf_counter() - start:.0f} s in all; {arguments.out}", flush=True)
+    """Rows that the file lacks."""
+    end = time.monotonic() + arguments.seconds
+    device = torch.device(arguments.device)
+    dense, tokenizer = load_model(arguments.model).to(device), load_tokenizer(arguments.model)
+    windows = spread(token_windows(tokenizer, read_text(arguments.text), arguments.context), arguments.windows)
+    found = _read(arguments.out)
+    given = {key: str(value) for key, value in vars(arguments).items()}
+    base = evaluate(dense, windows, batch_size=16).to_json()
+    found |= {"machine": machine(), "arguments": given, "dense": base}
+    print(f"dense: perplexity {base['perplexity']:.2f}", flush=True)
+    have = {each["row"] for each in found["rows"]}
+    chosen = rows(arguments.share, arguments.only)
+    todo = {number: each for number, each in enumerate(chosen) if label(each) not in have}
+    if not todo:
+        return
+    weights = {name: weight_of(layer).detach().cpu().clone() for name, layer in select_layers(dense).items()}
+    _WORK.update(weights=weights, stats=_statistics(arguments, dense, tokenizer))
+    training = _training(arguments, dense, tokenizer)
+    for number, small in decomposed(todo, dense, arguments.jobs, arguments.backend):
+        if time.monotonic() > end:
+            break
+        found["rows"].append(row(chosen[number], small, training, windows))
+        _write(arguments.out, found)
 
 
-def _stats(arguments: argparse.Namespace, dense: nn.Module, tokenizer: Any) -> dict[str, LayerStats]:  # noqa: ANN401
+def _statistics(arguments: argparse.Namespace, dense: nn.Module, tokenizer: Tokenizer) -> dict[str, LayerStats]:
     if arguments.stats is not None:
         return load_stats(arguments.stats)
-    batches = calibration_batches(
-        tokenizer, read_text(arguments.calib), context=arguments.context, sequences=128, seed=arguments.seed
-    )  # fmt: skip
-    return calibrate(dense, [batch.to(arguments.device) for batch in batches], seed=arguments.seed)
+    text = read_text(arguments.calib)
+    batches = calibration_batches(tokenizer, text, context=arguments.context, sequences=128, seed=arguments.seed)
+    return on_cpu(calibrate(dense, [batch.to(arguments.device) for batch in batches], seed=arguments.seed))
 
 
-def _variant(
-    each: Recipe, dense: nn.Module, stats: dict[str, LayerStats], train: list[torch.Tensor], windows: list[Any],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:  # fmt: skip
-    """One row: bits, predicted nats, scores before and after, seconds."""
-    start = time.perf_counter()
-    small = compress(dense.cpu(), each, stats=stats, dtype=torch.float16).to(arguments.device)
-    dense.to(arguments.device)
-    fitted, fields = time.perf_counter() - start, ModelReport.of(small).to_json()
-    before = evaluate(small, windows, reference=dense)
-    print(f"{each.name:<26} {fields['bits_per_weight']:.3f} b, {fitted:.0f} s, before: perplexity "
-          f"{before.perplexity:9.2f} KL {before.kl:.4f}", flush=True)  # fmt: skip
-    report = heal(
-        small, train, teacher=dense, block_steps=arguments.block_steps, logit_steps=arguments.logit_steps,
-        learning_rate=arguments.rate, seed=arguments.seed,
-        autocast=torch.bfloat16 if arguments.device != "cpu" else None,
+def _training(arguments: argparse.Namespace, dense: nn.Module, tokenizer: Tokenizer) -> Training:
+    """All full windows of the training texts, shuffled once; the first ones choose the rate and are not trained on."""
+    texts = [full_windows(tokenizer, read_text(path), context=arguments.context) for path in arguments.train]
+    whole = torch.cat(texts)
+    whole = whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(arguments.seed))]
+    kept, rest = whole[: arguments.kept], whole[arguments.kept :]
+    batches = [batch for batch in torch.split(rest, arguments.batch) if len(batch) == arguments.batch]
+    print(f"{len(batches)} training batches of {batches[0].numel()} tokens", flush=True)
+    return Training(
+        batches, list(kept), dense, arguments.rates, arguments.search, arguments.block_steps, arguments.logit_steps,
+        arguments.seed,
     )  # fmt: skip
-    after = evaluate(small, windows, reference=dense)
-    print(f"{'':<26} after {report.seconds:.0f} s: perplexity {after.perplexity:9.2f} KL {after.kl:.4f}", flush=True)
-    fields.pop("layers")
-    return {
-        **fields, "recipe": each.name, "fit_seconds": fitted, "before": before.to_json(), "after": after.to_json(),
-        "heal": report.to_json(),
-    }  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {"rows": []}
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a Markdown table, by KL after healing."""
+    yield f"dense: perplexity {found['dense']['perplexity']:.2f}"
+    yield "| row | bits/weight | predicted nats | perplexity before | KL before | after | KL after | rate |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for each in sorted(found["rows"], key=lambda row: row["after"]["kl"]):
+        before, after = each["before"], each["after"]
+        yield (
+            f"| {each['row']} | {each['bits_per_weight']:.3f} | {each['predicted_nats']:.3f} | "
+            f"{before['perplexity']:.2f} | {before['kl']:.4f} ± {before['kl_error']:.4f} | {after['perplexity']:.2f} | "
+            f"{after['kl']:.4f} ± {after['kl_error']:.4f} | {each['rate']} |"
+        )
 
 
 def main() -> None:
-    """Read the command line and run."""
+    """Read the command line; run, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--train", required=True, help="text to heal on")
-    parser.add_argument("--text", required=True, help="held-out text to score")
-    parser.add_argument("--calib", help="calibration text, unless --stats is given")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--train", nargs="+", type=Path, help="texts to heal on")
+    parser.add_argument("--text", type=Path, help="held-out text to score")
+    parser.add_argument("--calib", type=Path, help="calibration text, unless --stats is given")
     parser.add_argument("--stats", type=Path, help="statistics file")
-    parser.add_argument("--share", type=float, default=0.5, help="of the dense bits")
-    parser.add_argument("--only", default="", help="pattern of variant names")
+    parser.add_argument("--share", type=float, default=0.5, help="of 16 bits a weight")
+    parser.add_argument("--only", default="", help="pattern of row names")
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=512, help="training windows")
     parser.add_argument("--batch", type=int, default=16, help="training windows a step")
-    parser.add_argument("--windows", type=int, default=None, help="scored windows; default all")
+    parser.add_argument("--kept", type=int, default=16, help="training windows that choose the rate")
+    parser.add_argument("--windows", type=int, default=48, help="scored windows, spread over the text")
     parser.add_argument("--block-steps", type=int, default=150)
     parser.add_argument("--logit-steps", type=int, default=350)
-    parser.add_argument("--rate", type=float, default=0.02, help="relative to the size of each factor")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.01, 0.02], help="relative to each factor")
+    parser.add_argument("--search", type=int, default=60, help="steps of each rate tried, a third of them on blocks")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that decompose")
+    parser.add_argument("--backend", default="auto", help="kernel of the factored layers")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("results/heal.json"))
-    run(parser.parse_args())
+    parser.add_argument("--table", action="store_true", help="print the table of --out")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print("\n".join(table(_read(arguments.out))))
+    else:
+        run(arguments)
 
 
 if __name__ == "__main__":

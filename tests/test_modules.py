@@ -249,6 +249,20 @@ def test_no_gradient_goes_through_codes_scales_and_zeros():
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("make", [q_plus_lr, nested, rotated])
+def test_autocast_narrows_x_and_no_product_of_factors(make):
+    """As `nn.Linear` does: the output is narrow; inside, what the kernel does with narrow x outside of autocast."""
+    module, x = FactoredLinear(make(), values(6)), values(5, 8)
+    plain = nn.Linear(8, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+        assert y.dtype == plain(x).dtype == torch.bfloat16
+        assert module(x.double()).dtype == plain.double()(x.double()).dtype == torch.float64
+    assert torch.equal(y, module(x.bfloat16()))
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in module.parameters())
+
+
 # moving, copying, saving
 
 

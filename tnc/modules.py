@@ -122,6 +122,8 @@ class FactoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``: (..., in_features) to (..., out_features), in the dtype of ``x``.
 
+        Under ``torch.autocast`` ``x`` is taken, and the output given, in its dtype, as `torch.nn.Linear` does.
+
         Raises:
             ShapeError: if ``x`` is not floating point or its last size is not ``in_features``.
         """
@@ -130,6 +132,14 @@ class FactoredLinear(nn.Module):
                 f"FactoredLinear got x of shape {tuple(x.shape)} and {x.dtype}; expected floating point "
                 f"(..., in_features={self._shape[1]}). Pass the activations that the dense layer took."
             )
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+            with torch.autocast(kind, enabled=False):  # kernels choose the dtype of every step themselves
+                return self._applied(x)
+        return self._applied(x)
+
+    def _applied(self, x: Tensor) -> Tensor:
         y = self._kernel(x, self._tensors())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

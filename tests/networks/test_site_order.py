@@ -8,10 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies_matrices import generator, problems, well_conditioned
 
-from tnc.decompose import InputPermutation, MpoStage, OutputPermutation, decompose, truncated_svd
-from tnc.errors import RankError
+from tnc.decompose import (
+    InputPermutation,
+    MpoStage,
+    OutputPermutation,
+    SiteOrdering,
+    decompose,
+    truncated_svd,
+)
+from tnc.errors import RankError, ShapeError
 from tnc.metric import Metric
-from tnc.networks import tt_svd
+from tnc.networks import Rows, shared_order, tt_svd
 from tnc.networks.site_order import _match, site_order
 from tnc.terms import dense64
 
@@ -80,3 +87,48 @@ def test_the_assignment_is_the_closest_one():
     places = torch.randn(9, 5, generator=generator(4), dtype=torch.float64)
     best = min(float((given[:, list(each)] - places).norm()) for each in permutations(range(5)))
     assert float((given[:, _match(given, places)] - places).norm()) == pytest.approx(best, rel=1e-12)
+
+
+def test_a_shared_order_of_one_weight_is_the_order_of_its_rows():
+    problem, modes = well_conditioned(16, 36, 0), ((4, 4), (6, 6))
+    metric = Metric.full(problem.stats())
+    alone = site_order(problem.weight, 4, metric=metric, modes=modes, rounds=3, columns=False)
+    shared = shared_order([Rows(problem.weight, 4, modes, metric)])
+    assert torch.equal(alone.rows, shared.rows) and alone.start == shared.start
+    assert (alone.before, alone.after) == pytest.approx((shared.before, shared.after), rel=1e-9)
+
+
+@settings(max_examples=10)
+@given(seeds=st.lists(st.integers(0, 99), min_size=2, max_size=3, unique=True), rank=st.integers(1, 3))
+def test_a_shared_order_is_never_worse_in_total_and_its_errors_are_those_of_tt_svd(seeds, rank):
+    weights = [torch.randn(12, 6 + seed % 5, generator=generator(seed), dtype=torch.float64) for seed in seeds]
+    modes = [((3, 4), (1, weight.shape[1])) for weight in weights]
+    found = shared_order([Rows(w, rank, m) for w, m in zip(weights, modes, strict=True)], rounds=2)
+    assert torch.equal(found.rows.sort().values, torch.arange(12)) and found.after <= found.before
+    for rows, expected in ((torch.arange(12), found.before), (found.rows, found.after)):
+        left = [w[rows] - dense64(tt_svd(w[rows], *m, max_rank=rank)) for w, m in zip(weights, modes, strict=True)]
+        total = sum(float(e.square().sum()) for e in left) / sum(float(w.square().sum()) for w in weights)
+        assert total**0.5 == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_a_shared_order_needs_equally_many_rows():
+    one, two = Rows(torch.ones(4, 4), 1, ((2, 2), (2, 2))), Rows(torch.ones(6, 4), 1, ((2, 3), (2, 2)))
+    with pytest.raises(ShapeError, match=r"weights with \[4, 6\] rows; expected one or more with equally many"):
+        shared_order([one, two])
+    with pytest.raises(ShapeError, match=r"weights with \[\] rows"):
+        shared_order([])
+
+
+def test_an_ordering_is_a_transform_that_is_stored_only_if_it_helps():
+    problem = well_conditioned(16, 36, 0)
+    stage, stats = MpoStage(4, sweeps=0), problem.stats()
+    plain = decompose(problem.weight, (stage,), stats)
+    moved = decompose(problem.weight, (stage,), stats, transforms=(SiteOrdering(4),))
+    found = site_order(problem.weight, 4, metric=Metric.auto(stats), rounds=3)
+    assert found.after < found.before and moved.report.choices == (
+        f"site order from {found.start}: {found.before:.4f} to {found.after:.4f} at bond 4, diagonal metric",
+    )
+    assert moved.report.storage_bits == plain.report.storage_bits + 8 * (16 + 36)
+    exact = torch.kron(torch.randn(4, 6, generator=generator(1)), torch.randn(4, 6, generator=generator(2)))
+    kept = decompose(exact, (stage,), transforms=(SiteOrdering(1),))
+    assert kept.report.choices == ("site order: no better one found",) and kept.operator.kind == "mpo"

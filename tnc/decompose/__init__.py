@@ -12,6 +12,7 @@ from tnc.decompose.recipes import RECIPES, Recipe, RecipeEntry, recipe, register
 from tnc.decompose.report import LayerReport, measure
 from tnc.decompose.scaling import AwqScaling, Smoothing
 from tnc.decompose.selected import SelectedStage
+from tnc.decompose.site_ordering import SiteOrdering
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
 from tnc.decompose.stages import DenseStage, Fitted, GivenStage, LowRankStage, QuantizeStage, Stage, Target
 from tnc.decompose.transforms import (
@@ -27,6 +28,7 @@ __all__ = [
     "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "DenseTarget", "FactorFormats", "Fitted",
     "Gate", "GivenStage", "InputPermutation", "InputRotation", "LayerReport", "LearntScaling", "LowRankStage",
     "MpoStage", "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry",
-    "RelativeError", "SelectedStage", "Size", "Smoothing", "Stage", "Target", "Transform", "Transformed",
-    "compensate", "decompose", "measure", "quantize_factors", "recipe", "register_recipe", "truncated_svd",
+    "RelativeError", "SelectedStage", "SiteOrdering", "Size", "Smoothing", "Stage", "Target", "Transform",
+    "Transformed", "compensate", "decompose", "measure", "quantize_factors", "recipe", "register_recipe",
+    "truncated_svd",
 ]  # fmt: skip

@@ -90,13 +90,14 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noq
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401
+    """Through the matrix: no intermediate has more entries than it or ``x``."""
     x, first, second = ctx.saved_tensors
-    a, b = first[0].to(x.dtype), second[..., 0].to(x.dtype)  # (o1, i1, D), (D, o2, i2)
-    g = torch.unflatten(grad, 1, (a.shape[0], b.shape[1]))  # (tokens, o1, o2)
-    v = torch.unflatten(x, 1, (a.shape[1], b.shape[2]))  # (tokens, i1, i2)
-    to_x = torch.einsum("tab,aid,dbj->tij", g, a, b).flatten(1)
-    to_first = torch.einsum("tab,tij,dbj->aid", g, v, b).unsqueeze(0)
-    to_second = torch.einsum("tab,tij,aid->dbj", g, v, a).unsqueeze(-1)
+    narrow, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    a, b = first[0].to(wide), second[..., 0].to(wide)  # (o1, i1, D), (D, o2, i2)
+    to_x = grad @ _dense(first.to(wide), second.to(wide)).to(narrow)
+    to_weight = (grad.T @ x).to(wide).reshape(a.shape[0], b.shape[1], a.shape[1], b.shape[2])
+    to_first = torch.einsum("abij,dbj->aid", to_weight, b).unsqueeze(0)
+    to_second = torch.einsum("abij,aid->dbj", to_weight, a).unsqueeze(-1)
     return to_x, to_first.to(first.dtype), to_second.to(second.dtype)
 
 

@@ -14,21 +14,19 @@ from torch import Tensor, nn
 
 from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
-from tnc.column_space import spectrum
-from tnc.decompose import Decomposition, DenseStage, GivenStage, LowRankStage, MpoStage, Rank, Recipe, decompose
+from tnc.decompose import BitsPerWeight, Decomposition, DenseStage, GivenStage, Recipe, decompose
 from tnc.decompose.best import decompose_by
 from tnc.decompose.dense_target import DenseTarget
-from tnc.decompose.forms import FormStage
 from tnc.decompose.shared import decompose_shared
 from tnc.errors import ModelError, StatsError
-from tnc.metric import Metric
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
 from tnc.models.layers import select_layers, weight_of
+from tnc.models.pooling import at_rank, pooled_layer, stored_in
 from tnc.models.round_blocks import not_rounded, round_blocks
 from tnc.models.sharing import sharing_groups
 from tnc.models.useful_ranks import check_ranks, forces_rank, served_by
 from tnc.modules import FactoredLinear
-from tnc.planning import PooledLayer, pooled_ranks
+from tnc.planning import pooled_ranks
 from tnc.stats import LayerStats
 from tnc.terms import Expression, map_tensors
 from tnc.ties import share_tensors
@@ -191,7 +189,7 @@ class _Uniform:
         dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         self._recipe, self.names = recipe, tuple(layers)
-        self._ranks = None if recipe.pooled is None else _pool(recipe, layers, stats or {}, dtype)
+        self._ranks = None if recipe.pooled is None else _pooled(recipe, recipe.pooled, layers, stats or {}, dtype)
 
     def describe(self) -> str:
         return self._recipe.describe()
@@ -203,8 +201,8 @@ class _Uniform:
         self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats | None], dtype: torch.dtype | None
     ) -> dict[str, Recipe]:
         if self._ranks is None:
-            return dict.fromkeys(weights, _staged(self._recipe, dtype))
-        return {name: _planned(self._recipe, self._ranks[name], dtype) for name in weights}
+            return dict.fromkeys(weights, stored_in(self._recipe, dtype))
+        return {name: at_rank(self._recipe, self._ranks[name], dtype) for name in weights}
 
     def check_layer(self, name: str, report: Mapping[str, Any]) -> None:
         """Nothing was promised."""
@@ -297,41 +295,11 @@ def _kept_dense(
     return Decomposition(dense.operator, replace(dense.report, fallbacks=(note,)))
 
 
-def _staged(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
-    """The recipe with factors stored in ``dtype`` where its stages name none."""
-    stages = tuple(
-        replace(stage, dtype=dtype)
-        if isinstance(stage, LowRankStage | FormStage | MpoStage) and stage.dtype is None
-        else stage
-        for stage in recipe.stages
-    )
-    return replace(recipe, stages=stages, candidates=tuple(_staged(each, dtype) for each in recipe.candidates))
-
-
-def _pool(
-    recipe: Recipe, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], dtype: torch.dtype | None
-) -> dict[str, int | None]:
+def _pooled(
+    recipe: Recipe, budget: BitsPerWeight, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats],
+    dtype: torch.dtype | None,
+) -> dict[str, int | None]:  # fmt: skip
     """Rank of every layer under the recipe's budget for the whole model."""
-    assert recipe.pooled is not None
-    if any(stats[name].gradient is None for name in layers):
-        raise StatsError(f"recipe {recipe.name!r} compares layers in nats; calibrate with fisher=True.")
-    pooled = {}
-    for name, layer in layers.items():
-        weight = weight_of(layer).detach()
-        bits = (dtype or weight.dtype).itemsize * 8
-        shape = (weight.shape[0], weight.shape[1])
-        last = recipe.stages[-1]
-        mpo = last if isinstance(last, MpoStage) else None
-        sigma = mpo.spectrum(weight, stats[name]) if mpo else spectrum(weight, Metric.fisher(stats[name]))
-        entries = mpo.rank_entries(shape) if mpo else None
-        pooled[name] = PooledLayer(sigma, shape, factor_bits=bits, dense_bits=bits, rank_entries=entries)
-    return pooled_ranks(pooled, recipe.pooled.value).ranks
-
-
-def _planned(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> Recipe:
-    if rank is None:
-        return replace(recipe, stages=(DenseStage(dtype),), transforms=())
-    *first, last = _staged(recipe, dtype).stages
-    if not isinstance(last, LowRankStage | MpoStage):
-        raise ModelError(f"recipe {recipe.name!r} is pooled but ends with neither low rank nor an MPO.")
-    return replace(recipe, stages=(*first, replace(last, rank=Rank(rank))))
+    weights = {name: weight_of(layer).detach() for name, layer in layers.items()}
+    known = {name: pooled_layer(recipe, weight, stats[name], dtype) for name, weight in weights.items()}
+    return pooled_ranks(known, budget.value).ranks

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from tnc.decompose import MpoStage, Size
 from tnc.errors import ModelError, ShapeError
+from tnc.metric import Metric
 from tnc.models.layers import is_linear, weight_of
+from tnc.networks.shared_order import Rows, SharedOrder, shared_order
+from tnc.stats import LayerStats
 
 NAMES = (("gate_proj", "up_proj"), "down_proj")
+
+STORED = torch.float16
+"""Of a number of the operators that `neuron_order` aims at."""
+
+
+def neuron_order(
+    weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats], rank: Size, *,
+    names: tuple[tuple[str, ...], str] = NAMES, rounds: int = 3,
+) -> SharedOrder:  # fmt: skip
+    """The order of an MLP's neurons in which two-core operators of its layers together lose fewest nats, by search.
+
+    It is absorbed by `permute_neurons`; where no order is better, it is the given one.
+
+    Args:
+        weights: (out_features, in_features) of each of the named layers.
+        stats: of each of them.
+        rank: bond dimension; `BitsPerWeight` counts 16 bits a number.
+        names: the layers whose rows are neurons, and the one whose columns are.
+        rounds: alternations from each start.
+
+    Raises:
+        ShapeError, BudgetError, RankError: as `shared_order` and `MpoStage`.
+
+    Cost: as `shared_order`.
+    """
+    stage, found = MpoStage(rank), []
+    for name in (*names[0], names[1]):
+        weight, metric = weights[name], Metric.auto(stats[name])
+        shape = (weight.shape[0], weight.shape[1])
+        bond, (outs, ins) = stage.bond(shape, STORED), stage.modes(shape)
+        if name == names[1]:
+            found.append(Rows(weight.T, bond, (ins, outs), Metric(metric.gradient, metric.hessian)))
+        else:
+            found.append(Rows(weight, bond, (outs, ins), metric))
+    return shared_order(found, rounds=rounds)
 
 
 def permute_neurons(mlp: nn.Module, order: Tensor, *, names: tuple[tuple[str, ...], str] = NAMES) -> None:

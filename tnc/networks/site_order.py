@@ -65,7 +65,7 @@ def site_order(
     metric = metric or Metric()
     shape = (weight.shape[0], weight.shape[1])
     outs, ins = site_modes(shape, 2) if modes is None else check_pair(shape, *modes)
-    scaled = _scaled(weight.double(), metric)
+    scaled = scaled_by(weight.double(), metric)
     size = float(scaled.norm()) or 1.0
 
     def error(order: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
@@ -75,8 +75,8 @@ def site_order(
 
     given = torch.arange(shape[0]), torch.arange(shape[1])
     spectral = (
-        _spectral(scaled @ scaled.T) if rows else given[0],
-        _spectral(scaled.T @ scaled) if columns else given[1],
+        spectral_order(scaled @ scaled.T) if rows else given[0],
+        spectral_order(scaled.T @ scaled) if columns else given[1],
     )
     before, _ = error(given)
     best = SiteOrder(*given, before, before, "given")
@@ -89,7 +89,7 @@ def site_order(
     return best
 
 
-def _scaled(weight: Tensor, metric: Metric) -> Tensor:
+def scaled_by(weight: Tensor, metric: Metric) -> Tensor:
     """``diag(G)^½ W diag(H)^½``."""
     for axis, side in enumerate((metric.gradient, metric.hessian)):
         if side is not None:
@@ -98,7 +98,7 @@ def _scaled(weight: Tensor, metric: Metric) -> Tensor:
     return weight
 
 
-def _spectral(gram: Tensor) -> Tensor:
+def spectral_order(gram: Tensor) -> Tensor:
     """Order by the Fiedler vector of the graph whose weights are absolute correlations."""
     length = gram.diagonal().clamp_min(0).sqrt()
     similar = gram.abs() / (length.unsqueeze(1) * length).clamp_min(1e-300)

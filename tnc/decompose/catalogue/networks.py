@@ -6,6 +6,7 @@ from functools import partial
 
 from tnc.decompose.mpo_stage import MpoStage
 from tnc.decompose.recipes import Recipe, RecipeEntry, register_recipe
+from tnc.decompose.site_ordering import SiteOrdering
 from tnc.decompose.sizes import BitsPerWeight, Size
 from tnc.decompose.stages import LowRankStage, MetricOf
 from tnc.errors import RecipeError
@@ -27,6 +28,12 @@ def _compensated(*, rank: Size, cores: int = 2) -> Recipe:
     return Recipe("", (MpoStage(half, cores=cores), LowRankStage(rank, metric=Metric.auto)))
 
 
+def _ordered(*, rank: Size, cores: int = 2) -> Recipe:
+    stages = (MpoStage(rank, cores=cores),)
+    moved = Recipe("ordered", stages, transforms=(SiteOrdering(rank),))
+    return Recipe("", stages, candidates=(Recipe("as given", stages), moved))
+
+
 _SIZE = ("rank", "cores")
 
 for _name, _summary, _source, _options, _build in (
@@ -36,6 +43,8 @@ for _name, _summary, _source, _options, _build in (
      "MATH.md section 4", _SIZE, partial(_mpo, Metric.auto, 2)),
     ("mpo_pooled", "mpo with two cores and bond dimensions pooled over the whole model by nats per bit",
      "MATH.md sections 0 and 4", ("rank",), _pooled),
+    ("mpo_ordered", "mpo in the given order of rows and columns or in a searched one, stored as indices: the better",
+     "MATH.md section 4", _SIZE, _ordered),
     ("mpo_low_rank", "mpo plus a low-rank correction in the same metric (of BitsPerWeight each takes half)",
      "MATH.md sections 1 and 4", _SIZE, _compensated),
 ):  # fmt: skip

@@ -1,0 +1,59 @@
+"""What a recipe means for one layer: its factors' dtype, and under a pooled budget the rank that pooling gave it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tnc.column_space import spectrum
+from tnc.decompose import DenseStage, LowRankStage, MpoStage, Rank, Recipe
+from tnc.decompose.forms import FormStage
+from tnc.errors import ModelError, StatsError
+from tnc.metric import Metric
+from tnc.planning import PooledLayer
+from tnc.stats import LayerStats
+
+
+def stored_in(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
+    """The recipe with factors stored in ``dtype`` where its stages name none."""
+    stages = tuple(
+        replace(stage, dtype=dtype)
+        if isinstance(stage, LowRankStage | FormStage | MpoStage) and stage.dtype is None
+        else stage
+        for stage in recipe.stages
+    )
+    return replace(recipe, stages=stages, candidates=tuple(stored_in(each, dtype) for each in recipe.candidates))
+
+
+def pooled_layer(recipe: Recipe, weight: Tensor, stats: LayerStats, dtype: torch.dtype | None) -> PooledLayer:
+    """What `tnc.planning.pooled_ranks` needs to know of a layer: the spectrum of the recipe's last stage, and sizes.
+
+    Raises:
+        StatsError: without gradients, which a comparison of layers needs.
+        RecipeError: for an operator of other than two cores.
+    """
+    if stats.gradient is None:
+        raise StatsError(f"recipe {recipe.name!r} compares layers in nats; calibrate with fisher=True.")
+    bits = (dtype or weight.dtype).itemsize * 8
+    shape = (weight.shape[0], weight.shape[1])
+    last = recipe.stages[-1]
+    mpo = last if isinstance(last, MpoStage) else None
+    sigma = mpo.spectrum(weight, stats) if mpo else spectrum(weight, Metric.fisher(stats))
+    entries = mpo.rank_entries(shape) if mpo else None
+    return PooledLayer(sigma, shape, factor_bits=bits, dense_bits=bits, rank_entries=entries)
+
+
+def at_rank(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> Recipe:
+    """A pooled recipe for one layer: at its rank, or dense for ``None``.
+
+    Raises:
+        ModelError: if its last stage has no rank.
+    """
+    if rank is None:
+        return replace(recipe, stages=(DenseStage(dtype),), transforms=(), pooled=None)
+    *first, last = stored_in(recipe, dtype).stages
+    if not isinstance(last, LowRankStage | MpoStage):
+        raise ModelError(f"recipe {recipe.name!r} is pooled but ends with neither low rank nor an MPO.")
+    return replace(recipe, stages=(*first, replace(last, rank=Rank(rank))), pooled=None)
