@@ -1,63 +1,224 @@
-"""Planned against uniform, bits-only and rank-only models at equal bits, measured on held-out text.
+"""Planned against uniform, bits-only and rank-only models at equal bits, over several samples of the calibration text.
 
-python -m benchmarks.budgets MODEL --stats FILE --text FILE [--curves FILE] [--budgets 2.5 3 3.5 4] [--windows 64]
+    python -m benchmarks.budgets MODEL --calib TEXT --text TEXT --seeds 0 1 2 --jobs 8 --out results/budgets.json
+    python -m benchmarks.budgets --table --out results/budgets.json
+
+One pass over the layers measures the curves of a sample (a seed of calibration windows and labels); all plans come from
+them, and the layers of a plan from the bases fitted for the curves. Rows are scored by the first process, written as
+they come, and not computed again when the command is repeated; ``--seconds`` starts no sample after that time.
+
+``planned`` chooses among GPTQ integers with and without factors, ``bits only`` without, ``rank only`` low rank alone.
+``uniform`` is the finest GPTQ integer everywhere that the budget holds, ``uniform + factors`` the best rank, group and
+factor format everywhere, chosen by predicted nats. With ``--trellis``, ``planned of all`` chooses among two-sided
+trellises and refined two-sided integers, too; ``trellisN`` is one trellis everywhere. ``--aims`` are budgets of
+``planned`` and ``planned of all`` alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from benchmarks.planned_model import DTYPE, measured, parser
-from tnc import BitsPerWeight, Plan, compress
+from benchmarks.planned_model import Start, parser, totals
+from benchmarks.run import machine
+from tnc import BitsPerWeight, IntFormat, Plan, Portfolio
+from tnc.decompose import InputRotation, OutputRotation, QuantizeStage
 from tnc.errors import BudgetError
-from tnc.models.evaluate import evaluate_many
-from tnc.models.text import read_text, token_windows
-from tnc.planning import AllowedBases, AllowedRanks, CurveTable, Rules, plan_curves
+from tnc.models.evaluate import evaluate
+from tnc.planning import AllowedBases, AllowedRanks, Base, Choice, CurveTable, Option, Rules, edit, plan_curves
 
-RULES = {
-    "planned": Rules(),
-    "bits only": Rules(constraints=(AllowedRanks(()),)),
-    "rank only": Rules(constraints=(AllowedBases(("none", "dense")),)),
-}
+WIDTHS = (2, 3, 4)
+_ROTATED = (InputRotation(), OutputRotation())
 
 
-def plans(table: CurveTable, budgets: list[float]) -> dict[str, Plan]:
-    """Plans by name; a kind that cannot reach a budget is left out with a line that says so."""
-    found: dict[str, Plan] = {}
-    for budget in budgets:
-        for name, rules in RULES.items():
-            try:
-                found[f"{name} {budget:g}"] = plan_curves(table, BitsPerWeight(budget), rules)
-            except BudgetError as error:
-                print(f"{name} {budget:g}: {error}")
-    for bits in (2, 3, 4):
-        bases = (f"int{bits}-g64", f"int{bits}-row")
-        rules = Rules(constraints=(AllowedBases(bases), AllowedRanks(())))
-        stored = sum(max(o.bits for o in layer.options if o.choice.base in bases and not o.choice.rank)
-                     for layer in table.layers.values())  # fmt: skip
-        found[f"uniform int{bits}"] = plan_curves(table, BitsPerWeight(stored / table.elements), rules)
-    return found
+def portfolio_of(*, trellis: bool) -> Portfolio:
+    """The default one, factors of 16 and 4 bits, and groups of 128 and 32 without; with trellises, two-sided bases."""
+    formats = tuple(f"trellis{b}_diagonal" for b in WIDTHS) if trellis else ()
+    found = Portfolio.default(formats=formats, factor_bits=(16, 4))
+    bases = dict(found.bases)
+    for bits in WIDTHS:
+        for group in (128, 32):
+            stage = QuantizeStage(IntFormat(bits, group_size=group))
+            bases[f"int{bits}-g{group}"] = Base(stage, compensated=False)
+        if trellis:
+            bases[f"trellis{bits}_diagonal"] = replace(
+                bases[f"trellis{bits}_diagonal"], compensated=bits == min(WIDTHS)
+            )
+    for bits in (5, 6) if trellis else ():
+        stage = QuantizeStage(IntFormat(bits), method="yaqa", refine=3)
+        bases[f"yaqa-int{bits}"] = Base(stage, compensated=False, transforms=_ROTATED)
+    return replace(found, bases=bases, factor_ranks=(8, *found.factor_ranks))
+
+
+def plans(table: CurveTable, budgets: list[float], aims: list[float]) -> Iterator[tuple[str, float, Plan]]:
+    """Kind, budget and plan; a kind that cannot reach a budget is left out with a line that says so."""
+    every = table.portfolio.bases
+    gptq = AllowedBases(tuple(name for name in every if not name.startswith(("trellis", "yaqa"))))
+    rules = {
+        "planned": Rules(constraints=(gptq,)),
+        "bits only": Rules(constraints=(gptq, AllowedRanks(()))),
+        "rank only": Rules(constraints=(AllowedBases(("none", "dense")),)),
+    }
+    if len(gptq.bases) < len(every):
+        rules["planned of all"] = Rules()
+        for name in (name for name in every if name.startswith("trellis")):
+            yield name, 0.0, uniform(table, {layer: Choice(name) for layer in table.layers})
+    for budget in sorted({*budgets, *aims}):
+        for kind, rule in rules.items():
+            if budget in budgets or kind.startswith("planned"):
+                try:
+                    yield kind, budget, plan_curves(table, BitsPerWeight(budget), rule)
+                except BudgetError as error:
+                    print(f"{kind} {budget:g}: {error}", flush=True)
+        for kind, ranks in (("uniform", False), ("uniform + factors", True)) if budget in budgets else ():
+            choices = uniform_choices(table, budget, ranks=ranks)
+            if choices is not None:
+                yield kind, budget, uniform(table, choices)
+
+
+def uniform_choices(table: CurveTable, budget: float, *, ranks: bool) -> dict[str, Choice] | None:
+    """The uniform GPTQ choice of least predicted nats within a budget; whole rows where a group does not divide."""
+    best: tuple[float, dict[str, Choice]] | None = None
+    kinds = dict.fromkeys((o.choice.base, o.choice.rank, o.choice.factors) for o in _options(table) if _is_gptq(o))
+    for base, rank, factors in kinds:
+        options = [_option(table, layer, base, rank, factors) for layer in table.layers]
+        if bool(rank) != ranks or None in options:
+            continue
+        known = [option for option in options if option is not None]
+        if sum(option.bits for option in known) <= budget * table.elements:
+            nats = sum(option.heldout_nats for option in known)
+            if best is None or nats < best[0]:
+                best = nats, dict(zip(table.layers, (option.choice for option in known), strict=True))
+    return None if best is None else best[1]
+
+
+def _options(table: CurveTable) -> Iterator[Option]:
+    return (option for layer in table.layers.values() for option in layer.options)
+
+
+def _is_gptq(option: Option) -> bool:
+    return option.choice.base.startswith("int") and not option.choice.shared
+
+
+def _option(table: CurveTable, layer: str, base: str, rank: int, factors: str) -> Option | None:
+    """Of a layer, with whole rows where it lacks the group size."""
+    options = {o.choice: o for o in table.layers[layer].options}
+    whole = f"{base.split('-')[0]}-row"
+    return options.get(Choice(base, rank, factors)) or options.get(Choice(whole, rank, factors))
+
+
+def uniform(table: CurveTable, choices: Mapping[str, Choice]) -> Plan:
+    """A plan of given choices, with their bits and nats."""
+    options = {n: next(o for o in table.layers[n].options if o.choice == c) for n, c in choices.items()}
+    stored = sum(option.bits for option in options.values())
+    plain = plan_curves(table, BitsPerWeight(max(16, stored / table.elements)))
+    chosen = edit(plain, choices)
+    layers = {n: replace(each, bits=options[n].bits, nats=options[n].heldout_nats, error=options[n].heldout_error)
+              for n, each in chosen.layers.items()}  # fmt: skip
+    return replace(chosen, layers=layers)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All rows that the file lacks, seed by seed."""
+    end = time.monotonic() + arguments.seconds
+    start, name, found = Start.of(arguments), arguments.model.name, _read(arguments.out)
+    found["machine"] = machine()
+    found.setdefault("dense", {})[name] = evaluate(start.dense, start.windows).to_json()
+    for seed in arguments.seeds:
+        have = {(row["kind"], row["budget"]) for row in found["rows"] if (row["model"], row["seed"]) == (name, seed)}
+        if time.monotonic() < end and [seed, name] not in found.setdefault("complete", []):
+            _run_seed(arguments, start, seed, have, found)
+            found["complete"].append([seed, name])
+            _write(arguments.out, found)
+
+
+def _run_seed(
+    arguments: argparse.Namespace, start: Start, seed: int, have: set[tuple[str, float]], found: dict[str, Any]
+) -> None:
+    name, begin = arguments.model.name, time.monotonic()
+    stats = start.statistics(arguments, seed)
+    with start.workshop(arguments, stats, portfolio_of(trellis=arguments.trellis)) as shop:
+        print(f"{name} seed {seed}: statistics {time.monotonic() - begin:.0f} s", flush=True)
+        table = shop.curves(start.model)
+        print(f"{name} seed {seed}: curves {time.monotonic() - begin:.0f} s", flush=True)
+        todo = [each for each in plans(table, arguments.budgets, arguments.aims) if each[:2] not in have]
+        for at, made in shop.made([plan for *_, plan in todo]):
+            kind, budget, plan = todo[at]
+            options = Counter(layer.choice.describe() for layer in plan.layers.values())
+            scores = start.scores({layer: each.matrix for layer, each in made.items()})
+            found["rows"].append({
+                "model": name, "seed": seed, "kind": kind, "budget": budget, "lower_bound": plan.lower_bound,
+                **totals(made), **scores.to_json(), "options": dict(options),
+            })  # fmt: skip
+            _write(arguments.out, found)
+            print(_line(found["rows"][-1]), flush=True)
+    print(f"{name} seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {"rows": []}
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return (
+        "{kind:<17} {budget:4.2f} seed {seed}  {bits_per_weight:6.3f} b  held {heldout:.4f}  nats {predicted_nats:.4f}"
+        "  KL {kl:.4f}±{kl_error:.4f}  Δloss {delta_nats:+.4f}±{delta_nats_error:.4f}  ppl {perplexity:.3f}"
+    ).format(**row)
+
+
+def table_of(found: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of Markdown tables, one a model: mean over seeds ± their standard deviation, by budget and KL."""
+    for model in dict.fromkeys(row["model"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["model"] == model]
+        yield f"{model}, dense perplexity {found['dense'][model]['perplexity']:.3f}\n"
+        yield "| budget | plan | seeds | bits/weight | predicted nats | KL | Δloss | perplexity |"
+        yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+        groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault((row["budget"] or row["bits_per_weight"], row["kind"]), []).append(row)
+        for (budget, kind), each in sorted(groups.items(), key=lambda g: (g[0][0], -_mean(g[1], "kl"))):
+            figures = " | ".join(_figure(each, *key) for key in (("predicted_nats", 4), ("kl", 4), ("delta_nats", 4),
+                                                                 ("perplexity", 2)))  # fmt: skip
+            yield f"| {budget:.3g} | {kind} | {len(each)} | {_mean(each, 'bits_per_weight'):.3f} | {figures} |"
+        yield ""
+
+
+def _mean(rows: list[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
+def _figure(rows: list[Mapping[str, Any]], key: str, digits: int) -> str:
+    sign = "+" if key == "delta_nats" else ""
+    more = f" ± {statistics.stdev(row[key] for row in rows):.{digits}f}" if len(rows) > 1 else ""
+    return f"{_mean(rows, key):{sign}.{digits}f}{more}"
 
 
 def main() -> None:
-    """Parse the arguments, run, print, and write the rows as JSON."""
-    own = parser(__doc__, windows=64, out="results/budgets.json")
+    """Parse the arguments; run, or print the table."""
+    own = parser(__doc__, out="results/budgets.json")
     own.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, 4.0])
+    own.add_argument("--aims", type=float, nargs="*", default=[], help="budgets of planned models alone")
+    own.add_argument("--trellis", action="store_true", help="two-sided trellises and integers, too")
+    own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and labels")
+    own.add_argument("--seconds", type=float, default=float("inf"), help="start no seed after this time")
+    own.add_argument("--table", action="store_true", help="print the table of --out")
     arguments = own.parse_args()
-    model, tokenizer, stats, table = measured(arguments)
-    windows = list(token_windows(tokenizer, read_text(arguments.text), arguments.context))[: arguments.windows]
-    rows = []
-    for name, plan in plans(table, arguments.budgets).items():
-        small = compress(model, plan, stats=stats, dtype=DTYPE)
-        scores = evaluate_many({name: small}, windows, reference=model)[name].to_json()
-        rows.append({"name": name, "bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats, **scores})
-        print(
-            f"{name:<16} {plan.bits_per_weight:7.4f} bits  predicted {plan.predicted_nats:.4f}  KL {scores['kl']:.4f}"
-            f"±{scores['kl_error']:.4f}  Δloss {scores['delta_nats']:+.4f}±{scores['delta_nats_error']:.4f}  "
-            f"perplexity {scores['perplexity']:.3f}", flush=True,
-        )  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.table:
+        print("\n".join(table_of(_read(arguments.out))))
+    else:
+        run(arguments)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,114 @@
-"""What the benchmarks of plans start from: a model, its statistics and the error curves of the default portfolio."""
+"""What the benchmarks of plans start from: a model, its statistics, windows to score, and scores of planned layers."""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tnc import LayerStats, Portfolio, error_curves, load_stats
+from benchmarks.portfolio import on_cpu
+from benchmarks.windows import spread
+from benchmarks.workshop import Made, Workshop
+from tnc import LayerStats, Portfolio, calibrate, load_stats
+from tnc.checkpoint import Journal
 from tnc.experts import unfuse_experts
+from tnc.models.evaluate import Evaluation, evaluate
 from tnc.models.hf import load_model, load_tokenizer
-from tnc.models.text import Tokenizer
-from tnc.planning import CurveTable
+from tnc.models.layers import select_layers, weight_of
+from tnc.models.text import Tokenizer, calibration_batches, read_text, token_windows
 
 DTYPE = torch.float16
 """Of factors and dense layers."""
 
 
-def parser(description: str | None, *, windows: int, out: str) -> argparse.ArgumentParser:
+def parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
     """The arguments that all of them take."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("model", type=Path)
-    found.add_argument("--stats", type=Path, required=True)
-    found.add_argument("--text", type=Path, required=True)
-    found.add_argument("--curves", type=Path)
-    found.add_argument("--windows", type=int, default=windows)
+    found.add_argument("model", type=Path, nargs="?")
+    found.add_argument("--calib", type=Path, help="calibration text")
+    found.add_argument("--stats", type=Path, help="statistics in the place of --calib, for one seed")
+    found.add_argument("--text", type=Path, help="held-out text")
+    found.add_argument("--sequences", type=int, default=128)
     found.add_argument("--context", type=int, default=512)
+    found.add_argument("--windows", type=int, default=48, help="evenly spread over the text")
+    found.add_argument("--experts", action="store_true", help="experts as layers of their own")
+    found.add_argument("--jobs", type=int, default=2)
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--fitted", type=Path, help="folder that keeps fitted bases; default a temporary one")
     found.add_argument("--out", type=Path, default=Path(out))
     return found
 
 
-def measured(arguments: argparse.Namespace) -> tuple[nn.Module, Tokenizer, dict[str, LayerStats], CurveTable]:
-    """Model with its experts as layers of their own, tokenizer, statistics, curves (measured where there are none)."""
-    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
-    unfuse_experts(model)
-    stats = load_stats(arguments.stats)
-    table = error_curves(model, stats, Portfolio.default(), dtype=DTYPE, cache=arguments.curves)
-    return model, tokenizer, stats, table
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A model that is about to be planned.
+
+    Attributes:
+        model: dense, on the CPU, experts unfused where asked.
+        dense: the same on the device, to score by.
+        tokenizer: of the model.
+        weights: of the layers that are planned.
+        windows: of the held-out text.
+    """
+
+    model: nn.Module
+    dense: nn.Module
+    tokenizer: Tokenizer
+    weights: Mapping[str, Tensor]
+    windows: list[Tensor]
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Start:
+        """Load everything."""
+        model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
+        if arguments.experts:
+            unfuse_experts(model)
+        weights = {name: weight_of(layer).detach().clone() for name, layer in select_layers(model).items()}
+        dense = copy.deepcopy(model).to(arguments.device)
+        text = token_windows(tokenizer, read_text(arguments.text), arguments.context, keep_last=False)
+        return cls(model, dense, tokenizer, weights, spread(text, arguments.windows))
+
+    def statistics(self, arguments: argparse.Namespace, seed: int) -> dict[str, LayerStats]:
+        """Of one sample of the calibration text, or from the file."""
+        if arguments.stats is not None:
+            return dict(load_stats(arguments.stats))
+        batches = calibration_batches(
+            self.tokenizer, read_text(arguments.calib), context=arguments.context, sequences=arguments.sequences,
+            seed=seed,
+        )  # fmt: skip
+        device = next(self.dense.parameters()).device
+        return on_cpu(calibrate(self.dense, [batch.to(device) for batch in batches], seed=seed))
+
+    @contextmanager
+    def workshop(
+        self, arguments: argparse.Namespace, stats: Mapping[str, LayerStats], portfolio: Portfolio
+    ) -> Iterator[Workshop]:
+        """A workshop over these layers; without ``--fitted`` its folder ends with it."""
+        with tempfile.TemporaryDirectory() as folder:
+            fitted = Journal(arguments.fitted or folder)
+            yield Workshop(self.weights, stats, portfolio, DTYPE, fitted, arguments.jobs)
+
+    def scores(self, matrices: Mapping[str, Tensor]) -> Evaluation:
+        """The model with some weights replaced, on held-out text."""
+        model = copy.deepcopy(self.dense)
+        for name, matrix in matrices.items():
+            weight_of(model.get_submodule(name)).data.copy_(matrix)
+        return evaluate(model, self.windows, reference=self.dense)
+
+
+def totals(made: Mapping[str, Made]) -> dict[str, Any]:
+    """Bits, held-out error and prediction of a plan's layers, as stored."""
+    elements = sum(layer.matrix.numel() for layer in made.values())
+    return {
+        "bits_per_weight": sum(layer.bits for layer in made.values()) / elements,
+        "heldout": sum(layer.heldout for layer in made.values()) / len(made),
+        "predicted_nats": sum(layer.nats for layer in made.values()),
+    }

@@ -1,36 +1,40 @@
 """What the prediction of a plan is worth: measured against predicted KL of random plans, on held-out text.
 
-    python -m benchmarks.prediction MODEL --stats FILE --text FILE [--plans 48] [--below 0.3] [--windows 8]
+    python -m benchmarks.prediction MODEL --stats FILE --text FILE [--plans 48] [--below 0.27] [--jobs 2] [--alone 4]
 
 Plans are drawn at random budgets, with random weights of the layers and a random half of the bases each, so that they
 mix bases, ranks, factor formats and shared factors as no optimum would; those predicted above ``--below`` are drawn
-again. Rank correlation and ratio are of all plans. The scale is then set by one plan (a factor) or by two (a power
-law, as large truncations cost more than predicted), chosen by their predictions alone; printed is the share of the
-other plans that lie within 15 %, and its mean over every choice of the one or two plans.
+again. The scale is set without them, by two plans of the planner itself: those of ``--below`` predicted nats and of a
+quarter of it; it is the geometric mean of their ratios. Printed is the share of the random plans whose measured KL is
+within 15 % of the scaled prediction, and, to compare, the same for scales set by one or two of the random plans.
+
+``--alone N`` measures every layer alone, and every block alone, of N of the plans, evenly spread over their ratios:
+what the sum over layers leaves out is within a layer, between the layers of a block, or between blocks.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from benchmarks.planned_model import DTYPE, measured, parser
+from benchmarks.planned_model import Start, parser
 from benchmarks.run import machine
-from benchmarks.windows import spread
-from tnc import BitsPerWeight, Plan, compress
+from benchmarks.workshop import Made
+from tnc import BitsPerWeight, Nats, Plan, Portfolio
 from tnc.errors import BudgetError
-from tnc.models.evaluate import evaluate
-from tnc.models.text import read_text, token_windows
 from tnc.planning import AllowedBases, CurveTable, Rules, plan_curves
 
 Floats = NDArray[np.float64]
 
 WITHIN = 0.15
+_LEVELS = (0.25, 1.0)  # of --below: the two plans that set the scale
 
 
 def draw_plans(table: CurveTable, count: int, below: float, seed: int) -> list[Plan]:
@@ -50,71 +54,99 @@ def draw_plans(table: CurveTable, count: int, below: float, seed: int) -> list[P
     return found
 
 
-def by_one(predicted: Floats, measured: Floats, at: int) -> Floats:
-    """The prediction of all plans, scaled by plan ``at``."""
-    return predicted * measured[at] / predicted[at]
-
-
-def by_two(predicted: Floats, measured: Floats, first: int, second: int) -> Floats:
-    """The prediction of all plans, by the power law through two of them."""
-    x, y = np.log(predicted), np.log(measured)
-    slope = (y[second] - y[first]) / (x[second] - x[first])
-    scaled: Floats = np.exp(y[first] + slope * (x - x[first]))
-    return scaled
-
-
-def share_within(scaled: Floats, measured: Floats, used: tuple[int, ...]) -> float:
+def share_within(ratios: Floats, scale: float, used: Sequence[int] = ()) -> float:
     """Share of the plans that were not used whose measured KL is within 15 % of the scaled prediction."""
-    rest = np.delete(np.arange(len(measured)), used)
-    return float((np.abs(scaled[rest] / measured[rest] - 1) <= WITHIN).mean())
+    rest = np.delete(ratios, used)  # measured over predicted
+    return float((np.abs(scale / rest - 1) <= WITHIN).mean())
 
 
-def summary(predicted: Floats, relative: Floats, measured: Floats) -> dict[str, Any]:
-    """Rank correlations, ratios, and what one or two measured plans make of them."""
-    order = np.argsort(predicted)
-    middle, low, high = (int(order[round(q * (len(order) - 1))]) for q in (0.5, 0.15, 0.85))
-    pairs = [(a, b) for a, b in itertools.combinations(range(len(predicted)), 2)
-             if abs(np.log(predicted[a] / predicted[b])) > np.log(3)]  # fmt: skip
-    ratio = measured / predicted
+def summary(rows: Sequence[Mapping[str, float]], scale: float) -> dict[str, Any]:
+    """Rank correlations, ratios, and what scales set by other plans make of them."""
+    predicted, relative, measured, errors = (
+        np.array([row[key] for row in rows], dtype=np.float64) for key in ("predicted", "relative", "kl", "kl_error")
+    )
+    ratios, logs = measured / predicted, np.log(measured / predicted)
+    pairs = list(itertools.combinations(range(len(ratios)), 2))
+    by_one = [share_within(ratios, ratios[at], (at,)) for at in range(len(ratios))]
+    by_two = [share_within(ratios, float(np.exp(logs[[*pair]].mean())), pair) for pair in pairs]
     return {
-        "plans": len(measured), "measured_from": float(measured.min()), "measured_to": float(measured.max()),
+        "plans": len(ratios), "measured_from": float(measured.min()), "measured_to": float(measured.max()),
+        "relative_standard_error": float(np.median(errors / measured)),
         "spearman_nats": float(spearmanr(predicted, measured)[0]),
         "spearman_relative": float(spearmanr(relative, measured)[0]),
-        "ratio_median": float(np.median(ratio)), "ratio_from": float(ratio.min()), "ratio_to": float(ratio.max()),
-        "ratio_spread": float(np.std(np.log(ratio))),
-        "relative_ratio_spread": float(np.std(np.log(measured / relative))),
-        "within_by_one": share_within(by_one(predicted, measured, middle), measured, (middle,)),
-        "within_by_two": share_within(by_two(predicted, measured, low, high), measured, (low, high)),
-        "within_by_any_one": float(np.mean([share_within(by_one(predicted, measured, at), measured, (at,))
-                                            for at in range(len(measured))])),
-        "within_by_any_two": float(np.mean([share_within(by_two(predicted, measured, *pair), measured, pair)
-                                            for pair in pairs])) if pairs else None,
+        "ratio_median": float(np.median(ratios)), "ratio_from": float(ratios.min()), "ratio_to": float(ratios.max()),
+        "ratio_spread": float(logs.std()), "relative_ratio_spread": float(np.std(np.log(measured / relative))),
+        "scale": scale, "within": share_within(ratios, scale),
+        "largest_miss": float(np.abs(scale / ratios - 1).max()),
+        "within_by_any_one": float(np.mean(by_one)), "within_by_any_two": float(np.mean(by_two)),
     }  # fmt: skip
 
 
+def parts(start: Start, plan: Plan, made: Mapping[str, Made]) -> dict[str, Any]:
+    """KL of a plan, the sum over its layers alone and over its blocks alone, each over the prediction."""
+    matrices = {name: layer.matrix for name, layer in made.items()}
+    alone = {name: start.scores({name: matrix}).kl or 0.0 for name, matrix in matrices.items()}
+    blocks: dict[str, list[str]] = {}
+    for name in matrices:
+        number = next((part for part in name.split(".") if part.isdigit()), "")
+        blocks.setdefault(number, []).append(name)
+    by_block = [start.scores({name: matrices[name] for name in names}).kl or 0.0 for names in blocks.values()]
+    predicted = plan.predicted_nats or 1.0
+    nats = {name: layer.nats or 0.0 for name, layer in plan.layers.items()}
+    large = [alone[name] / nats[name] for name in nats if nats[name] > 0.02 * predicted]
+    return {
+        "whole": (start.scores(matrices).kl or 0.0) / predicted, "layers": sum(alone.values()) / predicted,
+        "blocks": sum(by_block) / predicted, "layer_from": min(large), "layer_to": max(large), "alone": alone,
+    }  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Draw, measure and summarise."""
+    start = Start.of(arguments)
+    stats = start.statistics(arguments, arguments.seed)
+    with start.workshop(arguments, stats, Portfolio.default()) as shop:
+        table = shop.curves(start.model)
+        own = [plan_curves(table, Nats(level * arguments.below)) for level in _LEVELS]
+        drawn = draw_plans(table, arguments.plans, arguments.below, arguments.seed)
+        plans = [*own, *drawn]
+        rows: dict[int, dict[str, float]] = {}
+        layers: dict[int, dict[str, Made]] = {}
+        for at, made in shop.made(plans):
+            scores = start.scores({name: layer.matrix for name, layer in made.items()})
+            plan = plans[at]
+            rows[at] = {
+                "bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats or 0.0,
+                "relative": sum(layer.error**2 for layer in plan.layers.values()), "kl": scores.kl or 0.0,
+                "kl_error": scores.kl_error or 0.0,
+            }  # fmt: skip
+            layers[at] = made
+            line = "{bits_per_weight:7.3f} bits  predicted {predicted:.5f}  KL {kl:.5f} ± {kl_error:.5f}"
+            print(line.format(**rows[at]) + (", sets the scale" if at < len(own) else ""), flush=True)
+    ratios = np.array([rows[at]["kl"] / rows[at]["predicted"] for at in range(len(plans))])
+    random = [rows[at] for at in range(len(own), len(plans))]
+    found = summary(random, float(np.exp(np.log(ratios[: len(own)]).mean())))
+    order = len(own) + np.argsort(ratios[len(own) :])
+    apart = []
+    for at in order[np.linspace(0, len(order) - 1, arguments.alone).round().astype(int)] if arguments.alone else ():
+        apart.append(parts(start, plans[at], layers[at]))
+        line = "over the prediction: whole {whole:.3f}, layers {layers:.3f}, blocks {blocks:.3f}; layers from "
+        print((line + "{layer_from:.3f} to {layer_to:.3f}").format(**apart[-1]), flush=True)
+    return {"machine": machine(), "summary": found, "own": [rows[at] for at in range(len(own))], "rows": random,
+            "parts": apart}  # fmt: skip
+
+
 def main() -> None:
-    """Parse the arguments, draw, measure, print, and write everything as JSON."""
-    own = parser(__doc__, windows=8, out="results/prediction.json")
+    """Parse the arguments, run, print, and write everything as JSON."""
+    own = parser(__doc__, out="results/prediction.json")
     own.add_argument("--plans", type=int, default=48)
     own.add_argument("--below", type=float, default=0.27, help="predicted nats of a plan at most")
+    own.add_argument("--alone", type=int, default=0, help="plans whose layers and blocks are measured alone")
     own.add_argument("--seed", type=int, default=0)
     arguments = own.parse_args()
-    model, tokenizer, stats, table = measured(arguments)
-    whole = token_windows(tokenizer, read_text(arguments.text), arguments.context, keep_last=False)
-    windows = spread(whole, arguments.windows)
-    rows = []
-    for plan in draw_plans(table, arguments.plans, arguments.below, arguments.seed):
-        small = compress(model, plan, stats=stats, dtype=DTYPE)
-        kl = evaluate(small, windows, reference=model).kl
-        relative = sum(layer.error**2 for layer in plan.layers.values())
-        rows.append({"bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats, "relative": relative,
-                     "kl": kl})  # fmt: skip
-        print("{bits_per_weight:7.3f} bits  predicted {predicted:.5f}  KL {kl:.5f}".format(**rows[-1]), flush=True)
-    columns = (np.array([row[key] for row in rows], dtype=np.float64) for key in ("predicted", "relative", "kl"))
-    found = summary(*columns)
-    print(json.dumps(found, indent=1))
+    result = run(arguments)
+    print(json.dumps(result["summary"], indent=1))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "summary": found, "rows": rows}, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,21 @@ def test_nats_are_met_as_measured(folder):
     assert found["predicted_nats"] == pytest.approx(found["measured"]["kl"])
 
 
+def test_plans_and_their_layers_are_measured_on_text(folder):
+    asked = ("--budget", "bpw=3", "--text", "demo", "--limit", 2)
+    plain = json.loads(again(folder, *asked, "--json").stdout)
+    assert plain["predicted_nats"] == pytest.approx(plain["measured"]["kl"])
+    assert all(layer["measured"] is None for layer in plain["layers"].values())
+    output = again(folder, *asked, "--alone", "--report", folder / "alone", "--out", folder / "alone.json").output
+    assert "measured alone" in " ".join(output.split())
+    layers = json.loads((folder / "alone.json").read_text())["layers"]
+    assert all(layer["measured"] > 0 for layer in layers.values())
+    page = (folder / "alone" / "index.html").read_text()
+    assert "sum of the layers measured alone" in page
+    assert "<th>measured alone</th><th>over nats</th>" in page
+    assert (folder / "alone" / "plan.png").stat().st_size > (folder / "report" / "plan.png").stat().st_size
+
+
 def test_latency_table_and_budget(folder):
     table = folder / "latency.json"
     call("bench", "demo", "--table", table, "--tokens", 1, "--ranks", 0, "--ranks", 16, "--repeats", 1, "--json")
@@ -96,6 +111,7 @@ def test_latency_table_and_budget(folder):
         (("--budget", "bpw=4", "--group-size", 32), "are stale"),
         (("--budget", "latency=1ms"), "needs measured times"),
         (("--budget", "nats=0.1", "--text", "demo", "--limit", 0), "leaves no window"),
+        (("--budget", "bpw=4", "--alone"), "pass --budget and --text FILE too"),
     ],
 )
 def test_mistakes_are_explained(folder, arguments, message):

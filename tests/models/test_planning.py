@@ -1,5 +1,6 @@
 """Plans of whole models: what was predicted is what is stored and measured."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ import tnc
 from tnc.decompose import DenseStage, QuantizeStage
 from tnc.errors import BudgetError, ModelError, StatsError
 from tnc.formats import IntFormat
+from tnc.models.layer_scores import scores_alone
+from tnc.models.planning import measure_plan
 from tnc.models.replan import Replanner
 from tnc.planning import Base, Choice, CurveTable, KeepDense, Rules, edit, plan_curves, shortfalls
 
@@ -128,6 +131,33 @@ def test_budgets_in_nats_are_met_as_measured(calibrated, budget):
     assert plan.measured[key] <= (budget.value if key == "kl" else budget.nats)
     assert plan.predicted_nats == pytest.approx(plan.measured["kl"])
     assert "measured plans" in plan.notes[0]
+
+
+def test_layers_measured_alone_are_models_with_one_layer_compressed(calibrated, tmp_path):
+    model, stats, curves = calibrated
+    windows = [row for batch in batches(seed=7, count=2, length=60) for row in batch]
+    plan = plan_curves(curves, tnc.BitsPerWeight(3.4))
+    found = measure_plan(model, stats, plan, windows, dtype=torch.bfloat16, alone=True)
+    small = compressed(model, stats, plan)
+    whole = tnc.evaluate(small, windows, reference=model).kl
+    assert found.measured["kl"] == found.predicted_nats == pytest.approx(whole, abs=1e-9)
+    for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
+        one = copy.deepcopy(model)
+        one.get_submodule(name).weight.data.copy_(small.get_submodule(name).operator.to_dense())
+        scored = tnc.evaluate(one, windows, reference=model).kl
+        assert found.layers[name].measured == pytest.approx(scored, rel=1e-3, abs=1e-9)
+    blocks = [tuple(name for name in plan.layers if f"layers.{at}." in name) for at in (0, 1)]
+    together = scores_alone(model, small, [*blocks, plan.names, ()], windows)
+    assert together[2:] == [pytest.approx(whole, abs=1e-9), 0.0]
+    assert min(together[:2]) > 0
+    assert isinstance(model.get_submodule(name), torch.nn.Linear)  # the model itself stays dense
+    for given, message in ((["nothing.here"], "dense model has no layer"), (["lm_head.weight"], "dense model has no")):
+        with pytest.raises(ModelError, match=message):
+            scores_alone(model, small, [given], windows)
+    with pytest.raises(ModelError, match="compressed model has no layer"):
+        scores_alone(model, torch.nn.Linear(1, 1), [plan.names[:1]], windows)
+    found.save(path := tmp_path / "plan.json")
+    assert tnc.Plan.load(path).layers == found.layers
 
 
 def test_measured_budget_out_of_reach(calibrated):

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from strategies_matrices import well_conditioned
 
 from tnc.column_space import spectrum
-from tnc.decompose import DenseStage, InputRotation, OutputRotation, QuantizeStage, decompose
+from tnc.decompose import DenseStage, InputRotation, OutputRotation, QuantizeStage, decompose, recipe
+from tnc.decompose.best import decompose_by
 from tnc.errors import BudgetError
 from tnc.formats import IntFormat
 from tnc.metric import Metric
 from tnc.planning import Base, Choice, CurveTable, Portfolio, measure_curves
+from tnc.planning.curves import curves_of
+from tnc.planning.fits import fit_bases
 from tnc.stats import LayerStats
 
 BASES = {
@@ -32,10 +35,14 @@ def problem(m, n, seed, *, fisher=True, heldout=True):
     return made.weight, made.stats(heldout=heldout)
 
 
-def test_a_portfolio_needs_no_plain_factors():
+def test_a_portfolio_needs_no_plain_factors(tmp_path):
     """Bases without factors name no factor format that the portfolio could lack."""
     weight, stats = problem(16, 24, 0)
-    found = measure_curves(weight, stats, Portfolio(BASES, {"4": IntFormat(4)}, factor_ranks=(4,)))
+    portfolio = Portfolio(BASES, {"4": IntFormat(4)}, factor_ranks=(4,))
+    found = measure_curves(weight, stats, portfolio)
+    CurveTable({"a": found}, portfolio, (), 0, "float32", "").save(tmp_path / "curves.safetensors")
+    read = CurveTable.load(tmp_path / "curves.safetensors").layers["a"].options
+    assert {o.choice: o.bits for o in read} == {o.choice: o.bits for o in found.options}
     assert {option.choice.factors for option in found.options if option.choice.rank} == {"4"}
     whole = measure_curves(weight, stats, dataclasses.replace(PORTFOLIO, rank_step=99))
     alone = {o.choice.base: o.bits for o in found.options if not o.choice.rank}
@@ -164,6 +171,30 @@ def test_portfolio_names_and_json():
     ):  # fmt: skip
         with pytest.raises(BudgetError, match=message):
             Portfolio.from_json({**fields, "bases": {"x": wrong}})
+
+
+def test_trellises_are_rounded_from_both_sides_with_yaqa():
+    weight, stats = problem(24, 32, 3)
+    for method, name, path in (
+        ("gptq", "trellis2", "column"), ("yaqa", "trellis2", "diagonal"), ("gptq", "trellis2_diagonal", "diagonal"),
+    ):  # fmt: skip
+        portfolio = Portfolio.default(method=method, formats=(name,))
+        base = portfolio.bases[name]
+        assert (base.stage.method, base.stage.format.path) == ("yaqa" if path == "diagonal" else "gptq", path)
+        assert Portfolio.from_json(portfolio.to_json()) == portfolio
+    alone = Portfolio({"dense": portfolio.bases["dense"], "trellis2": base})
+    option = next(o for o in measure_curves(weight, stats, alone).options if o.choice.base == "trellis2")
+    report = decompose_by(weight, recipe("yaqa_trellis", bits=2), stats).report
+    assert (option.bits, option.heldout_nats) == (report.storage_bits, pytest.approx(report.predicted_nats, rel=1e-6))
+
+
+def test_known_bases_are_not_fitted_again():
+    weight, stats = problem(8, 16, 4)
+    fits = fit_bases(weight, stats, PORTFOLIO)
+    known = {name: base.term for name, base in fits.bases.items()}
+    again = fit_bases(weight, stats, PORTFOLIO, known=known)
+    assert all(again.bases[name].term is term for name, term in known.items())
+    assert curves_of(again) == curves_of(fits) == measure_curves(weight, stats, PORTFOLIO)
 
 
 def test_choices_in_words():

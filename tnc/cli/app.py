@@ -123,8 +123,13 @@ def plan(
     ] = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics file: read if it exists, else written.")] = None,
     curves: Annotated[Path | None, typer.Option(help="Error curves: read if there; default beside --stats.")] = None,
-    text: Annotated[str | None, typer.Option(help="Held-out text: nats= and ppl= are then met as measured.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Held-out text to score the plan on; nats= and ppl= are then met as measured.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="Score only the first LIMIT windows of --text.")] = 64,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Score each layer compressed alone, too: predicted against measured.")
+    ] = False,
     group_size: Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")] = 64,
     method: Annotated[str, typer.Option(help="Quantizer of the integer bases, such as gptq or yaqa.")] = "gptq",
     refine: Annotated[int, typer.Option(help="Sweeps of refinement of the integer bases.")] = 0,
@@ -155,7 +160,7 @@ def plan(
     run_plan(
         PlanOptions(
             model=model, budgets=budget or [], out=out, pareto=pareto, report=report, calib=calib, stats=stats,
-            curves=curves, text=text, limit=limit, group_size=group_size, method=method, refine=refine,
+            curves=curves, text=text, limit=limit, alone=alone, group_size=group_size, method=method, refine=refine,
             rotated=rotated, formats=formats or [], shared=shared, fused=fused, keep_dense=keep_dense or [],
             served_ranks=served_ranks, table=table, tokens=tokens, exact=exact,
             sequences=sequences, context=context, fisher=fisher, include=include, exclude=exclude, seed=seed,

@@ -17,7 +17,7 @@ from tnc.cli.plan_page import write_page
 from tnc.cli.sources import context_of, open_model, open_text, resolve_device
 from tnc.decompose import BitsPerWeight, InputRotation, OutputRotation
 from tnc.errors import BudgetError, StatsError, TextError
-from tnc.models.planning import error_curves, plan
+from tnc.models.planning import error_curves, measure_plan, plan
 from tnc.models.text import token_windows
 from tnc.planning import (
     AllowedRanks,
@@ -51,6 +51,7 @@ class PlanOptions:
     curves: Path | None
     text: str | None
     limit: int
+    alone: bool
     group_size: int
     method: str
     refine: int
@@ -77,6 +78,8 @@ def run_plan(options: PlanOptions, *, as_json: bool) -> None:
     budgets = tuple(parse_budget(text) for text in options.budgets)
     if not budgets and not options.pareto:
         raise BudgetError("tnc plan needs --budget, for example --budget bpw=3.5, or --pareto for the whole front.")
+    if options.alone and (options.text is None or not budgets):
+        raise TextError("--alone measures the layers of a plan on held-out text; pass --budget and --text FILE too.")
     rules = _rules(options)
     model, tokenizer = open_model(options.model, device=resolve_device(options.device))
     with console.progress_bars() as progress:
@@ -93,6 +96,9 @@ def run_plan(options: PlanOptions, *, as_json: bool) -> None:
             dtype = next(iter(model.parameters())).dtype
             found = plan(scored, stats, budgets, rules=rules, curves=table, windows=windows, dtype=dtype,
                          progress=progress)  # fmt: skip
+            if windows is not None and (found.measured is None or options.alone):
+                found = measure_plan(scored, stats, found, windows, dtype=dtype, alone=options.alone,
+                                     progress=progress)  # fmt: skip
         front = front_rows(table, rules) if options.pareto or options.report else []
         seconds = time.perf_counter() - start
     if found is not None and options.out is not None:
@@ -178,14 +184,17 @@ def _print(options: PlanOptions, found: Plan | None, front: list[dict[str, float
 
 
 def _print_plan(found: Plan) -> None:
+    alone = any(layer.measured is not None for layer in found.layers.values())
     rows = [
         (
             name, layer.choice.describe(), console.fixed(layer.bits / (layer.shape[0] * layer.shape[1]), 3),
-            console.number(layer.nats, 3), console.fixed(layer.error, 4), f"{layer.share:.1%}", layer.why,
+            console.number(layer.nats, 3), *((console.number(layer.measured, 3),) if alone else ()),
+            console.fixed(layer.error, 4), f"{layer.share:.1%}", layer.why,
         )
         for name, layer in found.layers.items()
     ]  # fmt: skip
-    columns = ("layer", "becomes", "bits/weight", "nats", "held-out error", "share", "runner-up")
+    columns = ("layer", "becomes", "bits/weight", "nats", *(("measured alone",) if alone else ()), "held-out error",
+               "share", "runner-up")  # fmt: skip
     console.print_table(found.describe(), columns, rows)
     console.say(f"{found.bits_per_weight:.4f} bits per weight, {found.bytes:,} bytes with everything else")
     nats = found.predicted_nats

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tnc.cli.plan_picture import draw_plan
 from tnc.errors import BudgetError
-from tnc.planning import CurveTable, Plan
+from tnc.planning import CurveTable, LayerPlan, Plan
 
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
@@ -60,18 +60,33 @@ def _facts(plan: Plan) -> dict[str, str]:
         facts["measured KL, nats a token"] = f"{plan.measured['kl']:.5g} ± {plan.measured['kl_error'] or 0:.2g}"
         facts["measured increase of the loss"] = f"{plan.measured['delta_nats']:+.5g} nats"
         facts["perplexity"] = f"{plan.measured['perplexity']:.4f}"
+    alone = [layer.measured for layer in plan.layers.values() if layer.measured is not None]
+    if alone:
+        facts["sum of the layers measured alone"] = f"{sum(alone):.5g} nats a token"
     return {**facts, **{f"note {at + 1}": note for at, note in enumerate(plan.notes)}}
 
 
 def _layers(plan: Plan) -> str:
-    head = ("layer", "becomes", "bits/weight", "nats", "held-out error", "share", "ms", "runner-up, and what it costs")
+    alone = any(layer.measured is not None for layer in plan.layers.values())
+    head = ("layer", "becomes", "bits/weight", "nats", *(("measured alone", "over nats") if alone else ()),
+            "held-out error", "share", "ms", "runner-up, and what it costs")  # fmt: skip
     rows = []
     for name, layer in plan.layers.items():
         cells = (
             name, layer.choice.describe(), f"{layer.bits / (layer.shape[0] * layer.shape[1]):.3f}",
-            "-" if layer.nats is None else f"{layer.nats:.3g}", f"{layer.error:.4f}", f"{layer.share:.1%}",
-            "-" if layer.seconds is None else f"{1000 * layer.seconds:.3g}", layer.why,
+            _figure(layer.nats, "{:.3g}"), *(_measured(layer) if alone else ()), f"{layer.error:.4f}",
+            f"{layer.share:.1%}", "-" if layer.seconds is None else f"{1000 * layer.seconds:.3g}", layer.why,
         )  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     titles = "".join(f"<th>{escape(each)}</th>" for each in head)
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _measured(layer: LayerPlan) -> tuple[str, str]:
+    """KL of the layer alone, and over its prediction."""
+    ratio = layer.measured / layer.nats if layer.measured is not None and layer.nats else None
+    return _figure(layer.measured, "{:.3g}"), _figure(ratio, "{:.2f}")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

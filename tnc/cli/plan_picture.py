@@ -1,4 +1,7 @@
-"""The picture of a plan: the front with the chosen point, bits over depth, error against bits, and curves over rank."""
+"""The picture of a plan: the front with the chosen point, bits over depth, error against bits, and curves over rank.
+
+Where the layers were measured alone, also what each costs against its prediction.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _DIGITS = re.compile(r"\.(\d+)\.")
 
 
 def draw_plan(path: Path, table: CurveTable, front: Sequence[Mapping[str, float]], plan: Plan | None) -> None:
-    """Write a PNG of four panels (two without a plan).
+    """Write a PNG of four panels; two without a plan, six where its layers were measured alone.
 
     Raises:
         TNCError: if matplotlib is not installed.
@@ -24,13 +27,18 @@ def draw_plan(path: Path, table: CurveTable, front: Sequence[Mapping[str, float]
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TNCError('pictures need matplotlib; install it with: pip install "tnc[plot]"') from error
-    figure = Figure(figsize=(13, 9 if plan else 4.8), layout="constrained")
-    axes = figure.subplots(2 if plan else 1, 2, squeeze=False)
+    measured = plan is not None and any(layer.measured is not None for layer in plan.layers.values())
+    rows = 1 + (plan is not None) + measured
+    figure = Figure(figsize=(13, 4.8 * rows - 0.6 * (rows > 1)), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
     _draw_front(axes[0][0], table, front, plan)
     _draw_ranks(axes[0][1], table)
     if plan is not None:
         _draw_map(figure, axes[1][0], plan)
         _draw_layers(axes[1][1], plan)
+    if plan is not None and measured:
+        _draw_measured(axes[2][0], plan)
+        _draw_ratios(axes[2][1], plan)
     figure.savefig(path, dpi=130)
 
 
@@ -122,3 +130,38 @@ def _draw_layers(axes: Any, plan: Plan) -> None:  # noqa: ANN401
              title="Every layer: error against bits")  # fmt: skip
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3, which="both")
+
+
+def _measured(plan: Plan) -> dict[str, list[tuple[int, float, float]]]:
+    """By kind: block, predicted nats and measured KL of the layers that have both."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for name, layer in plan.layers.items():
+        if layer.nats and layer.measured and layer.nats > 0 and layer.measured > 0:
+            found.setdefault(_kind(name), []).append((_block(name), layer.nats, layer.measured))
+    return found
+
+
+def _draw_measured(axes: Any, plan: Plan) -> None:  # noqa: ANN401
+    kinds = _measured(plan)
+    for at, (kind, points) in enumerate(kinds.items()):
+        predicted, measured = [p[1] for p in points], [p[2] for p in points]
+        axes.scatter(predicted, measured, s=28, alpha=0.8, label=kind, marker="osD^vPX*"[at % 8])
+    every = [value for points in kinds.values() for _, *values in points for value in values]
+    ends = [min(every, default=1e-6), max(every, default=1.0)]
+    axes.plot(ends, ends, color="gray", linewidth=1)
+    axes.plot(ends, [plan.scale * end for end in ends], color="gray", linewidth=1, linestyle="--", label="scale of all")
+    axes.set(xscale="log", yscale="log", xlabel="predicted nats", ylabel="measured KL, compressed alone",
+             title="Every layer: measured against predicted")  # fmt: skip
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+
+
+def _draw_ratios(axes: Any, plan: Plan) -> None:  # noqa: ANN401
+    for at, (kind, points) in enumerate(_measured(plan).items()):
+        blocks, ratios = [p[0] for p in points], [p[2] / p[1] for p in points]
+        axes.plot(blocks, ratios, "osD^vPX*"[at % 8], markersize=5, alpha=0.8, label=kind)
+    axes.axhline(1.0, color="gray", linewidth=1)
+    axes.axhline(plan.scale, color="gray", linewidth=1, linestyle="--", label="scale of all")
+    axes.set(xlabel="block", ylabel="measured over predicted", title="Where the prediction is off")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.grid(alpha=0.3)

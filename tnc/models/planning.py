@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from tnc.checkpoint.save import stored_tensors
 from tnc.errors import BudgetError, StatsError
 from tnc.models.compress import compress
 from tnc.models.evaluate import Evaluation, evaluate
+from tnc.models.layer_scores import scores_alone
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.text import TokenWindows
 from tnc.planning import (
@@ -37,6 +39,17 @@ from tnc.stats import LayerStats, Moments
 Progress = Callable[[str, int, int], None]
 Windows = TokenWindows | Iterable[Tensor]
 
+
+class MeasureLayers(Protocol):
+    """The signature of `tnc.planning.measure_layers`."""
+
+    def __call__(
+        self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats], portfolio: Portfolio, *,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[tuple[str, LayerCurves]]:  # fmt: skip
+        """Curves of all layers by name."""
+
+
 _PRIOR = 1.2  # measured KL over predicted, before anything was measured (MATH.md section 0: 1.2 to 1.35)
 _CLOSE = 0.95  # a measured plan that uses this share of its budget is not improved further
 
@@ -44,7 +57,7 @@ _CLOSE = 0.95  # a measured plan that uses this share of its budget is not impro
 def error_curves(
     model: nn.Module, stats: Mapping[str, LayerStats], portfolio: Portfolio | None = None, *,
     include: Iterable[str] | None = None, exclude: Iterable[str] | None = None, dtype: torch.dtype | None = None,
-    cache: Path | None = None, progress: Progress | None = None,
+    cache: Path | None = None, progress: Progress | None = None, measure: MeasureLayers = measure_layers,
 ) -> CurveTable:  # fmt: skip
     """Error curves of every layer, for any number of plans.
 
@@ -57,6 +70,7 @@ def error_curves(
         dtype: of plain factors and dense layers; ``None`` is that of the weights.
         cache: file that is read if it exists, else written.
         progress: called with ("curves", layers done, layers in all).
+        measure: what measures the layers, in any order; another may do it in many processes.
 
     Raises:
         StatsError: if statistics of a layer are missing.
@@ -78,7 +92,7 @@ def error_curves(
     if cache is not None and cache.exists():
         return CurveTable.load(cache, fingerprint=fingerprint)
     curves: dict[str, LayerCurves] = {}
-    for name, found in measure_layers(weights, stats, portfolio, dtype=dtype):
+    for name, found in measure(weights, stats, portfolio, dtype=dtype):
         curves[name] = found
         if progress is not None:
             progress("curves", len(curves), len(weights))
@@ -122,6 +136,38 @@ def plan(
         return plan_curves(table, wanted, rules)
     search = _Search(model, stats, table, wanted, rules, list(windows), dtype, progress)
     return search.run(measured[0])
+
+
+def measure_plan(
+    model: nn.Module, stats: Mapping[str, LayerStats], plan: Plan, windows: Windows, *,
+    dtype: torch.dtype | None = None, alone: bool = False, progress: Progress | None = None,
+) -> Plan:  # fmt: skip
+    """The plan with what it does to the model: compressed, scored, its scale the measured over the predicted KL.
+
+    Args:
+        model: dense.
+        stats: as for `plan`.
+        plan: of this model.
+        windows: held-out token windows.
+        dtype: of plain factors and dense layers; ``None`` is that of the weights.
+        alone: score each layer compressed alone, too, to hold against its prediction.
+        progress: called with (stage, done, total).
+
+    Raises:
+        ModelError, StatsError, TextError: as `tnc.compress` and `tnc.evaluate`.
+
+    Cost: one compression and one pass over the windows; with ``alone`` a pass a layer.
+    """
+    texts = list(windows)
+    small = compress(model, plan, stats=stats, dtype=dtype, progress=progress)
+    scores = evaluate(small, texts, reference=model, progress=progress)
+    plain = replace(plan, scale=1.0)
+    found = replace(plan, measured=scores.to_json(), scale=_scale(scores, plain))
+    if not alone:
+        return found
+    each = scores_alone(model, small, [(name,) for name in plan.layers], texts, progress=progress)
+    layers = {name: replace(layer, measured=kl) for (name, layer), kl in zip(plan.layers.items(), each, strict=True)}
+    return replace(found, layers=layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +214,8 @@ class _Search:
         """The plan of a predicted level, compressed and scored."""
         asked = tuple(Nats(level) if isinstance(b, Nats | PerplexityIncrease) else b for b in self.budgets)
         found = plan_curves(self.table, asked, self.rules)
-        small = compress(self.model, found, stats=self.stats, dtype=self.dtype, progress=self.progress)
-        scores = evaluate(small, self.windows, reference=self.model, progress=self.progress)
-        return replace(found, budgets=self.budgets, measured=scores.to_json(), scale=_scale(scores, found))
+        scored = measure_plan(self.model, self.stats, found, self.windows, dtype=self.dtype, progress=self.progress)
+        return replace(scored, budgets=self.budgets)
 
 
 def _scale(scores: Evaluation, found: Plan) -> float:

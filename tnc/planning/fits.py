@@ -65,8 +65,9 @@ class LayerFits:
 
 
 def fit_bases(
-    weight: Tensor, stats: LayerStats, portfolio: Portfolio, *, dtype: torch.dtype | None = None
-) -> LayerFits:
+    weight: Tensor, stats: LayerStats, portfolio: Portfolio, *, dtype: torch.dtype | None = None,
+    known: Mapping[str, Expression] | None = None,
+) -> LayerFits:  # fmt: skip
     """Every base of the portfolio, fitted to one layer.
 
     Args:
@@ -74,11 +75,12 @@ def fit_bases(
         stats: its calibration statistics.
         portfolio: a base that does not fit the shape is left out with a note.
         dtype: of plain factors and dense layers; ``None`` is that of the weight.
+        known: terms of bases that were fitted to this layer before, by the same portfolio; not fitted again.
 
     Raises:
         ShapeError, NonFiniteError, StatsError: for a bad weight or statistics of another layer.
 
-    Cost: one fit a base.
+    Cost: one fit a base that is not known.
     """
     check_matrix(weight, "weight")
     stats.check_weight(weight)
@@ -88,6 +90,9 @@ def fit_bases(
         if base.transforms not in rulers:
             rulers[base.transforms] = Ruler(weight, base.transforms, stats)
         ruler = rulers[base.transforms]
+        if known is not None and name in known:
+            bases[name] = FittedBase(known[name], ruler)
+            continue
         (stage,) = portfolio.stages(Choice(name), dtype)
         try:
             bases[name] = FittedBase(stage.fit(Target(ruler.weight, ruler.source, ruler.stats, 0)).term, ruler)

@@ -36,6 +36,7 @@ class LayerPlan:
         share: of the total that was minimised.
         seconds: of one call by the latency table; ``None`` without one.
         why: the runner-up, and why it lost.
+        measured: KL to the dense model with this layer compressed alone, nats per token; ``None`` if not measured.
     """
 
     choice: Choice
@@ -46,6 +47,7 @@ class LayerPlan:
     share: float
     seconds: float | None = None
     why: str = ""
+    measured: float | None = None
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ class Portfolio:
             refine: sweeps of refinement of the integer bases.
             transforms: around the integer bases below 8 bits and their low-rank terms.
             formats: names of `tnc.formats.FORMATS` that are bases besides, each with its own group size. Trellises
-                are made for near Gaussian entries and are rotated on both sides; the others are as the integer bases.
+                are made for near Gaussian entries and are rotated on both sides, and with ``method="yaqa"`` rounded in
+                ``G ⊗ H``; the others are as the integer bases.
             shared: whether layers that see one input may share a right factor.
 
         Raises:
@@ -212,10 +213,16 @@ class Portfolio:
 
 
 def _named_base(name: str, method: str, refine: int, transforms: tuple[Transform, ...]) -> Base:
-    """A base of a named format; a trellis codes whole columns, so it takes GPTQ's feedback and no refinement."""
+    """A base of a named format; a trellis codes whole lines, so it takes feedback in one sweep and no refinement.
+
+    Down columns it takes GPTQ's. With ``method="yaqa"``, or along anti-diagonals by its name, it takes that of both
+    sides, for which its lines have to be anti-diagonals (`tnc.quant.rings`).
+    """
     format = number_format(name)
     if isinstance(format, TrellisFormat):
-        return Base(QuantizeStage(format), transforms=(InputRotation(), OutputRotation()))
+        both = method == "yaqa" or format.path == "diagonal"
+        stage = QuantizeStage(replace(format, path="diagonal"), method="yaqa") if both else QuantizeStage(format)
+        return Base(stage, transforms=(InputRotation(), OutputRotation()))
     return Base(QuantizeStage(format, method=method, refine=refine), transforms=transforms)
 
 

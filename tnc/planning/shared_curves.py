@@ -24,6 +24,8 @@ from tnc.planning.portfolio import PLAIN, Choice, Portfolio
 from tnc.stats import LayerStats
 from tnc.terms import Expression, LowRank, Product, Sum, dense64
 
+_OWN = 0.95  # of their cost: own terms are the better ones on calibration tokens, and nearly always on others
+
 Hull = Callable[[int], float]
 Options = list[list[Option]]  # of each layer of the group, by rising rank
 
@@ -50,16 +52,26 @@ def measure_groups(
     Raises:
         ShapeError, NonFiniteError, StatsError: as `tnc.planning.measure_curves`.
 
-    Shared options that are not below the hull of the layers' own are left out: no plan would take them.
+    Shared options that are not below the hull of the layers' own are left out: no plan would take them. Those that
+    cannot be below it are not measured: a layer's own term is better than a shared one of its rank.
 
-    Cost: beside the layers' own curves two eigenproblems of size n for each compensated base without transforms, and
-    one rounding for each rank and format.
+    Cost: beside the layers' own curves two eigenproblems of size n for each compensated base without transforms that
+    may pay at some rank, and one rounding for each rank and format that may.
     """
     fits = [fit_bases(w, s, portfolio, dtype=dtype) for w, s in zip(weights, stats, strict=True)]
-    curves = [curves_of(each) for each in fits]
-    if not portfolio.shared or len(fits) < 2:
-        return curves
-    extra = _shared_curves(fits, _hull(curves))
+    return with_shared(fits, [curves_of(each) for each in fits])
+
+
+def with_shared(fits: Sequence[LayerFits], curves: Sequence[LayerCurves]) -> list[LayerCurves]:
+    """Curves of layers that see one input, with the options of shared right factors added; see `measure_groups`.
+
+    Args:
+        fits: the bases of each layer, by one portfolio.
+        curves: each layer's own, from `tnc.planning.curves.curves_of`.
+    """
+    if not fits[0].portfolio.shared or len(fits) < 2:
+        return list(curves)
+    extra = _shared_curves(fits, curves)
     return [replace(own, curves=(*own.curves, *more)) for own, more in zip(curves, extra, strict=True)]
 
 
@@ -94,13 +106,22 @@ def _cost(option: Option) -> float:
     return option.heldout_error**2 if math.isnan(option.heldout_nats) else option.heldout_nats
 
 
-def _shared_curves(fits: Sequence[LayerFits], hull: Hull) -> list[list[ErrorCurve]]:
-    portfolio = fits[0].portfolio
+def _least(curves: Sequence[LayerCurves], base: str) -> dict[int, float]:
+    """By rank, what no shared term on a base undercuts: the layers' own terms of that rank, all together."""
+    found: dict[int, list[float]] = {}
+    for each in (c for layer in curves for c in layer.curves if c.base == base and c.factors == PLAIN):
+        for option in each.options:
+            found.setdefault(option.choice.rank, []).append(_OWN * _cost(option))
+    return {rank: sum(costs) for rank, costs in found.items() if len(costs) == len(curves)}
+
+
+def _shared_curves(fits: Sequence[LayerFits], curves: Sequence[LayerCurves]) -> list[list[ErrorCurve]]:
+    portfolio, hull = fits[0].portfolio, _hull(curves)
     found: list[list[ErrorCurve]] = [[] for _ in fits]
     for name, base in portfolio.bases.items():
         if not base.compensated or base.transforms or any(name not in each.bases for each in fits):
             continue
-        group = _Group(fits, name, [each.bases[name] for each in fits])
+        group = _Group(fits, name, [each.bases[name] for each in fits], hull, _least(curves, name))
         by_format = {PLAIN: group.plain()} | {f: group.rounded(f) for f in portfolio.rounded}
         for factors, layers in by_format.items():
             kept = [o for o in zip(*layers, strict=True) if sum(map(_cost, o)) < hull(sum(each.bits for each in o))]
@@ -111,11 +132,13 @@ def _shared_curves(fits: Sequence[LayerFits], hull: Hull) -> list[list[ErrorCurv
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """One base of every layer of a group."""
+    """One base of every layer of a group; ``hull`` and ``least`` say which ranks may pay."""
 
     fits: Sequence[LayerFits]
     name: str
     bases: Sequence[FittedBase]
+    hull: Hull
+    least: Mapping[int, float]
 
     @property
     def portfolio(self) -> Portfolio:
@@ -135,17 +158,25 @@ class _Group:
         return [each.residual for each in self.bases]
 
     @cached_property
+    def base_bits(self) -> int:
+        """Bits that the layers store without factors."""
+        return 0 if self.portfolio.bases[self.name].stage is None else sum(b.term.storage_bits for b in self.bases)
+
+    @cached_property
     def rest(self) -> int:
         """Bits left for factors below the limit of all layers together."""
-        alone = self.portfolio.bases[self.name].stage is None
-        return sum(f.limit - (0 if alone else b.term.storage_bits) for f, b in zip(self.fits, self.bases, strict=True))
+        return sum(each.limit for each in self.fits) - self.base_bits
+
+    def _may_pay(self, rank: int, bits: int) -> bool:
+        """Whether factors of ``bits`` may come below the hull of the layers' own options."""
+        return self.least.get(rank, 0.0) < self.hull(self.base_bits + bits)
 
     def plain(self) -> Options:
         """Factors in the model's dtype, if the portfolio has those, at every rank that stores less than the limit."""
         dtype = self.fits[0].dtype
         per_rank = (self.rows + self.fits[0].weight.shape[1]) * dtype.itemsize * 8
-        ranks = range(self.portfolio.rank_step, min(self.largest, -(-self.rest // per_rank) - 1) + 1,
-                      self.portfolio.rank_step)  # fmt: skip
+        step, most = self.portfolio.rank_step, min(self.largest, -(-self.rest // per_rank) - 1)
+        ranks = [k for k in range(step, most + 1, step) if self._may_pay(k, k * per_rank)]
         if not ranks or PLAIN not in self.portfolio.factors:
             return [[] for _ in self.fits]
         lefts, right = self._factors(ranks[-1])
@@ -177,8 +208,9 @@ class _Group:
         return found
 
     def _ranks(self, formats: FactorFormats) -> list[int]:
-        columns = self.fits[0].weight.shape[1]
-        return self.portfolio.ranks_within(formats, (self.rows, columns), self.largest, self.rest)
+        shape = (self.rows, self.fits[0].weight.shape[1])
+        ranks = self.portfolio.ranks_within(formats, shape, self.largest, self.rest)
+        return [k for k in ranks if self._may_pay(k, formats.stored_bits(shape, k))]
 
     @cached_property
     def _components(self) -> tuple[list[Tensor], Tensor]:

@@ -1,0 +1,88 @@
+"""What each compressed layer costs by itself: KL to the dense model with that layer compressed and all others dense."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+
+from torch import Tensor, nn
+
+from tnc.errors import ModelError
+from tnc.models.evaluate import evaluate_many
+from tnc.models.text import TokenWindows
+
+_TOGETHER = 16  # variants that one pass of the dense model serves
+
+
+def scores_alone(
+    model: nn.Module, small: nn.Module, groups: Iterable[Sequence[str]], windows: TokenWindows | Iterable[Tensor], *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[float]:  # fmt: skip
+    """KL to the dense model, nats per token, of each group of layers compressed alone.
+
+    Args:
+        model: dense.
+        small: the same model compressed; its layers are taken from here, none is copied.
+        groups: names of the layers that are compressed together: one name each, or those of a block, which shows what
+            its layers cost together beside what each costs alone.
+        windows: held-out token windows.
+        progress: called with ("layers", groups done, groups in all).
+
+    Returns:
+        One value a group, in order.
+
+    Raises:
+        ModelError: for a layer that one of the models lacks.
+        TextError: if no window has two tokens.
+
+    Cost: a pass over the windows for each group, and one of the dense model for each 16.
+    """
+    asked, found, kept = [tuple(group) for group in groups], [], list(windows)
+    for some in _batched(asked, _TOGETHER):
+        variants = {str(at): _variant(model, small, names) for at, names in enumerate(some)}
+        scores = evaluate_many(variants, kept, reference=model)
+        found += [float(scores[name].kl or 0.0) for name in variants]
+        if progress is not None:
+            progress("layers", len(found), len(asked))
+    return found
+
+
+def _batched(groups: list[tuple[str, ...]], size: int) -> Iterator[list[tuple[str, ...]]]:
+    rest = iter(groups)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+def _variant(model: nn.Module, small: nn.Module, names: Iterable[str]) -> nn.Module:
+    """The dense model with some layers of the other; every module that does not lie above them is shared."""
+    root = _shallow(model)
+    copied = {"": root}
+    for name in names:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            path, above = ".".join(parts[:end]), copied[".".join(parts[: end - 1])]
+            if path not in copied:
+                copied[path] = _shallow(_child(above, parts[end - 1], name))
+                above._modules[parts[end - 1]] = copied[path]
+        above = copied[".".join(parts[:-1])]
+        _child(above, parts[-1], name)
+        try:
+            above._modules[parts[-1]] = small.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(f"the compressed model has no layer {name!r}; pass the result of tnc.compress.") from error
+    return root
+
+
+def _child(module: nn.Module, part: str, name: str) -> nn.Module:
+    child = module._modules.get(part)
+    if child is None:
+        raise ModelError(f"the dense model has no layer {name!r}; pass the model that was compressed.")
+    return child
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The module with a list of children of its own."""
+    found = copy.copy(module)
+    found._modules = dict(module._modules)
+    return found
