@@ -6,9 +6,13 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
+pytest.importorskip("transformers")
 
+import transformers
 from kernels.triton_cases import ROUNDING, q_plus_lr, rounded
 
+import tnc
+from tnc.experts import unfuse_experts
 from tnc.formats import number_format
 from tnc.kernels import experts as row
 from tnc.kernels import qlr
@@ -115,3 +119,31 @@ def test_small_under_the_sanitizer():
     _, stacked = several(3, 70, 256, 4, (9, 0))
     x, index = drawn(5, 3, 256, 1)
     assert answer(stacked, x, index).isfinite().all()
+
+
+def block():
+    """Experts of a compressed Mixtral block in bfloat16 on the GPU, and the model."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        num_local_experts=6, hidden_size=256, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).to(BRAIN).eval()
+    (name,) = unfuse_experts(model)
+    small = tnc.compress(model, tnc.recipe("lorc", bits=4, group_size=128, rank=16), include=["*experts*"])
+    return small.cuda().get_submodule(name), small
+
+
+def test_a_module_runs_its_experts_together_and_moves_back():
+    experts, model = block()
+    before = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    assert "together\n" in experts.explain(), experts.explain()
+    with torch.no_grad():
+        for tokens in (1, 16, 200):
+            x, index = drawn(tokens, 6, 256, tokens)
+            weights = torch.rand(tokens, 2, device="cuda").to(BRAIN)
+            got, exact = experts(x, index, weights).double(), experts._one_by_one(x, index, weights).double()
+            assert (got - exact).norm() <= 2 * ROUNDING[BRAIN] * exact.norm()
+            torch.testing.assert_close(torch.compile(experts, fullgraph=True)(x, index, weights), got.to(BRAIN))
+    back = model.cpu().state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in before.items())
