@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu_clock import replayed
 from tnc.kernels.hadamard import hadamard
+from tnc.kernels.mpo3 import mpo3
 from tnc.kernels.mpo_prices import candidates
 from tnc.terms import Hadamard, Mpo
 
@@ -70,7 +71,9 @@ def three_cores() -> list[dict[str, Any]]:
         plain = lambda x=x: torch.einsum(  # noqa: E731
             "tijk,aoib,bpjc,cqkd->topq", x.unflatten(1, (16, 16, 16)), *operator.cores
         ).flatten(1)
+        fused = lambda x=x: mpo3(x, *operator.cores)  # noqa: E731
         rows.append(row("3 cores, torch.einsum", "4096->4096", tokens, plain, exact))
+        rows.append(row("3 cores, one launch", "4096->4096", tokens, fused, exact))
         for plan in sorted(candidates(operator, "", tokens), key=lambda plan: plan.seconds)[:5]:
             name = f"3 cores, {1e6 * plan.seconds:.1f} predicted: {plan.describe()}"
             rows.append(row(name, "4096->4096", tokens, lambda x=x, plan=plan: plan(x, operator.tensors()), exact))

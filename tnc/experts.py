@@ -2,20 +2,26 @@
 
 transformers keeps the experts of a block in two three-dimensional parameters, ``gate_up_proj`` (experts, 2 f, d) and
 ``down_proj`` (experts, d, f). `unfuse_experts` puts an `Experts` in the place of such a module: the same router and
-gating, the same result, with layers ``gate_up_proj.3`` and ``down_proj.3`` for expert 3.
+gating, the same result, with layers ``gate_up_proj.3`` and ``down_proj.3`` for expert 3. Where the layers were factored
+and their kernel can, all experts run in one launch a projection, whatever the router chose; elsewhere one at a time.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tnc.errors import ModelError
+from tnc.kernels.grouping import Group, Grouping, Layer, grouped
 
 _TRAITS = ("has_gate", "has_bias", "is_transposed")  # what transformers notes on every fused module
+_UNGROUPED: dict[str, Any] = {"_kernels": (), "_groups": "nobody asked yet"}
+_WATCHED = "its layers are watched by hooks, or their forward is replaced"
 _TOKENS = 8  # of the check that both give the same result
 
 
@@ -26,6 +32,9 @@ class Experts(nn.Module):
         fused: the module to stand in for; its weights are shared, not copied, unless they are stored transposed.
     """
 
+    _kernels: tuple[object, ...]  # of all layers when they were put together
+    _groups: tuple[Grouping, Group, Group] | str  # of both projections, or why there are none
+
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.gated = bool(fused.has_gate)
@@ -33,6 +42,7 @@ class Experts(nn.Module):
         self.add_module(self.into, _linears(fused, self.into))
         self.add_module("down_proj", _linears(fused, "down_proj"))
         self.gating = _without_parameters(fused)
+        self.__dict__ |= _UNGROUPED
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, weighted by the router.
@@ -45,6 +55,23 @@ class Experts(nn.Module):
         Returns:
             (tokens, d); experts that no token chose do not run.
         """
+        if not torch.compiler.is_compiling():
+            self._regroup()
+        if isinstance(self._groups, str):
+            return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+        return self._together(*self._groups, hidden_states, top_k_index, top_k_weights)
+
+    def explain(self) -> str:
+        """Text for people: how the experts run, and why not together."""
+        self._regroup()
+        count = len(self._layers("down_proj"))
+        if isinstance(self._groups, str):
+            return f"Experts({count}): one at a time, those that tokens chose; not together: {self._groups}"
+        _, into, out = self._groups
+        lines = [f"Experts({count}): together", f"  {self.into}: {into.describe()}", f"  down_proj: {out.describe()}"]
+        return "\n".join(lines)
+
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
         pairs = zip(self._layers(self.into), self._layers("down_proj"), strict=True)
         for expert, (into, out) in enumerate(pairs):
@@ -54,6 +81,48 @@ class Experts(nn.Module):
                 weighted = out(inner) * top_k_weights[token, place, None]
                 result.index_add_(0, token, weighted.to(result.dtype))
         return result
+
+    def _together(
+        self, grouping: Grouping, into: Group, out: Group, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor
+    ) -> Tensor:
+        index, count = top_k_index.flatten(), len(self._layers("down_proj"))
+        routing = grouping.route(index, count)
+        inner = self._activate(self._biased(self.into, into(hidden_states, index, routing), index))
+        rows = self._biased("down_proj", out(inner, index, routing), index)
+        return grouping.weighted_sum(rows, weights, top_k_index, count)
+
+    def _biased(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
+        """Rows of pairs plus the bias of their expert; pairs of no expert get any."""
+        biases = [layer.bias for layer in self._layers(name) if isinstance(layer.bias, Tensor)]
+        if not biases:
+            return rows
+        return rows + torch.stack(biases)[index.clamp(0, len(biases) - 1)].to(rows.dtype)
+
+    def _regroup(self) -> None:
+        """Put the layers together anew if one of them was bound, loaded or moved since."""
+        layers = [*self._layers(self.into), *self._layers("down_proj")]
+        watched = any(map(_watched, layers))
+        kernels = tuple(layer.bound()[0] for layer in layers if isinstance(layer, Layer) and not watched)
+        if len(kernels) == len(self._kernels) and all(map(is_, kernels, self._kernels)) and kernels:
+            return
+        self._kernels = kernels
+        self._groups = _WATCHED if watched else self._grouped()
+
+    def _grouped(self) -> tuple[Grouping, Group, Group] | str:
+        into, out = (grouped([*self._layers(name)]) for name in (self.into, "down_proj"))
+        if isinstance(into, str) or isinstance(out, str):
+            return into if isinstance(into, str) else str(out)
+        return *into, out[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        self.__dict__ |= _UNGROUPED
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._regroup()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the groups: a copy has parameters of its own, which are no views of them."""
+        return self.__dict__ | _UNGROUPED
 
     def _layers(self, name: str) -> nn.ModuleList:
         layers = getattr(self, name)
@@ -102,6 +171,11 @@ def unfuse_experts(model: nn.Module, names: Iterable[str] | None = None) -> tupl
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     return tuple(wanted)
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Whether somebody relies on the layer being called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
 
 
 def _linears(fused: nn.Module, name: str) -> nn.ModuleList:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnc.errors import BackendError, ShapeError
-from tnc.kernels import Repacking, choose
+from tnc.kernels import Bound, Repacking, choose
 from tnc.terms import Expression, Product, Quantized, Sum, from_spec
 
 
@@ -147,6 +147,10 @@ class FactoredLinear(nn.Module):
     def kernel(self) -> str:
         """Name of the kernel that serves the layer."""
         return next(c.name for c in self._candidates if c.chosen)
+
+    def bound(self) -> tuple[Bound, dict[str, Tensor]]:
+        """The kernel bound to the operator, and the very tensors it is called with, in its own layout."""
+        return self._kernel, self._tensors()
 
     def explain(self) -> str:
         """Text for people: the expression, its size, each kernel and why it was chosen or not."""

@@ -11,7 +11,7 @@ from kernels.triton_cases import ROUNDING, Case, answer, check, inputs, low_rank
 
 from tnc.formats import IntFormat, number_format
 from tnc.kernels import low_rank as low_rank_row
-from tnc.kernels import mpo2, qlr
+from tnc.kernels import mpo2, mpo3, qlr
 from tnc.kernels.hadamard import hadamard
 from tnc.kernels.qlr_launch import Packed, rebuild, vector
 from tnc.kernels.qlr_ops import dense
@@ -31,6 +31,14 @@ def two_cores():
     return Case(Mpo(tuple(cores)), matrix)
 
 
+def three_cores():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 16, 12, 32), (32, 16, 16, 24), (24, 15, 16, 1)]
+    cores = [torch.randn(shape, generator=generator).to(BRAIN).cuda() / 8 for shape in shapes]
+    matrix = torch.einsum("xoia,apjb,bqkz->opqijk", *(core.double() for core in cores))
+    return Case(Mpo(tuple(cores)), matrix.reshape(16 * 16 * 15, 12 * 16 * 16))
+
+
 CASES = {
     **{f"int{bits}": (qlr, q_plus_lr(1000, 2048, bits, group=128, rank=64, dtype=BRAIN)) for bits in (2, 3, 4, 8)},
     "int4 g32 rank 200": (qlr, q_plus_lr(777, 1536, 4, group=32, rank=200, dtype=BRAIN)),
@@ -45,6 +53,7 @@ CASES = {
     ),
     "low rank": (low_rank_row, low_rank(3000, 2048, 300, dtype=BRAIN)),
     "two cores": (mpo2, two_cores()),
+    "three cores": (mpo3, three_cores()),
 }
 
 
@@ -152,6 +161,7 @@ def test_small_under_the_sanitizer():
         check(low_rank_row, low_rank(70, 100, 20, dtype=BRAIN), inputs(tokens, 100, BRAIN))
     case = two_cores()
     assert answer(mpo2, case, inputs(3, 32 * 64, BRAIN)).isfinite().all()
+    assert answer(mpo3, three_cores(), inputs(3, 12 * 16 * 16, BRAIN)).isfinite().all()
 
 
 @pytest.mark.parametrize("size", [156, 4096, 11008, 13824, 14336, 53248])

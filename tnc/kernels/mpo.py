@@ -50,8 +50,9 @@ def _plan(operator: Expression, tokens: int) -> Plan:
     return Added(parts, (), sum(part.flops for part in parts))
 
 
-def _bind(operator: Expression) -> Einsum:
+def bind(operator: Expression) -> Einsum:
+    """The ways of an operator that the row serves, one a class of tokens."""
     return Einsum.of([_plan(operator, limit) for limit in LIMITS])
 
 
-register_kernel(Kernel("mpo", _serves, _bind, priority=15))
+register_kernel(Kernel("mpo", _serves, bind, priority=15))
