@@ -118,15 +118,37 @@ def test_compress_measures_what_it_predicts(folder):
     assert found["measured_over_predicted"] == found["measured"]["kl"] / found["predicted_nats"]
 
 
+def test_a_checkpoint_is_replaced_only_where_that_is_asked(folder, tmp_path):
+    asked = ("compress", folder / "dense", "--recipe", "rtn", "--group-size", 16, "--out", tmp_path / "small", "--json")
+    first = json.loads(call(*asked, "--bits", 4).stdout)
+    message = call(*asked, "--bits", 3, code=2).stderr
+    assert "or replace it with overwrite=True (--overwrite of tnc compress)" in " ".join(message.split())
+    second = json.loads(call(*asked, "--bits", 3, "--overwrite").stdout)
+    assert second["linear_bytes"] < first["linear_bytes"] < first["model_bytes"]
+    assert json.loads(call("inspect", tmp_path / "small", "--json").stdout)["recipe"].startswith("rtn(bits=3")
+    call("compress", folder / "dense", "--recipe", "rtn", "--bits", 4, "--group-size", 16, "--out", folder / "dense",
+         "--overwrite", code=2)  # fmt: skip
+
+
 def test_eval_json_with_reference(folder, compressed):
     result = call("eval", compressed, "--text", folder / "text.txt", "--context", 64, "--reference", folder / "dense",
                   "--json")  # fmt: skip
     found = json.loads(result.stdout)
-    promised = {"perplexity", "bits_per_byte", "tokens", "bits_per_weight", "weight_bytes", "kl", "top1_agreement"}
+    promised = {
+        "perplexity",
+        "bits_per_byte",
+        "tokens",
+        "bits_per_weight",
+        "linear_bytes",
+        "model_bytes",
+        "kl",
+        "top1_agreement",
+    }
     assert promised <= set(found)
     dense = json.loads(call("eval", folder / "dense", "--text", folder / "text.txt", "--context", 64, "--json").stdout)
     assert dense["bits_per_weight"] == 16
-    assert found["weight_bytes"] < dense["weight_bytes"]
+    for key in ("linear_bytes", "model_bytes"):
+        assert found[key] < dense[key]
     assert found["kl"] > 0
 
 

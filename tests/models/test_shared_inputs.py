@@ -71,7 +71,7 @@ def test_storage_is_counted_once_and_is_what_the_file_holds(calibrated, factor_b
     report = tnc.ModelReport.of(small)
     total = distinct_bits(layers(small).values())
     assert sum(layer["storage_bits"] for layer in report.layers.values()) == total
-    assert report.weight_bytes * 8 == total
+    assert report.linear_bytes * 8 == total
     assert report.bits_per_weight == bits_per_weight(small)
     path = tnc.save_checkpoint(small, tmp_path / "small")
     manifest = json.loads((path / "tnc.json").read_text())
@@ -96,7 +96,7 @@ def test_sharing_stores_less_and_costs_little(calibrated):
     shared = tnc.ModelReport.of(compressed(calibrated))
     options = {"bits": 3, "group_size": 16, "rank": 4}
     apart = tnc.ModelReport.of(tnc.compress(model, tnc.recipe("qlr_alternating", **options), stats=stats))
-    assert shared.weight_bytes < apart.weight_bytes
+    assert shared.linear_bytes < apart.linear_bytes
     assert apart.predicted_nats < shared.predicted_nats < 1.2 * apart.predicted_nats
 
 

@@ -27,12 +27,13 @@ def check_output_folder(path: str | Path, *, overwrite: bool = False) -> None:
         return
     if not overwrite:
         raise CheckpointError(
-            f"output folder {path} exists; expected a new one. Choose another name, remove it, or pass overwrite=True."
+            f"output folder {path} exists; expected a new one. Choose another name, remove it, or replace it with "
+            "overwrite=True (--overwrite of tnc compress)."
         )
     if not (path / MANIFEST).is_file():
         raise CheckpointError(
-            f"output {path} exists and is not a tnc checkpoint (it has no {MANIFEST}), so overwrite=True will not "
-            "replace it; choose another name or remove it yourself."
+            f"output {path} exists and is not a tnc checkpoint (it has no {MANIFEST}), so overwriting "
+            "does not replace it; choose another name or remove it yourself."
         )
 
 

@@ -66,6 +66,7 @@ def compress(
         str | None, typer.Option("--format", help="Instead of --bits: nf4, mxfp4, nvfp4, fp8_e4m3, ternary, ...")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term, or bond dimension.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUT.")] = False,
     force_rank: Annotated[
         bool, typer.Option("--force-rank", help="Allow a rank whose factors have more entries than the weight.")
     ] = False,
@@ -100,6 +101,7 @@ def compress(
             symmetric=symmetric or None, format=number_format, rank=rank, cores=cores, error=error, bpw=bpw,
             budget=budget, stats=stats, sequences=sequences, context=context, fisher=fisher, sequential=sequential,
             include=include, exclude=exclude, seed=seed, device=device, base=base, plan=plan, force_rank=force_rank,
+            overwrite=overwrite,
         ),
         as_json=as_json,
     )  # fmt: skip

@@ -63,13 +63,14 @@ class CompressOptions:
     base: Path | None = None
     plan: Path | None = None
     force_rank: bool = False
+    overwrite: bool = False
 
 
 def run_compress(options: CompressOptions, *, as_json: bool) -> None:
     """Compress, save and report."""
     start = time.perf_counter()
     chosen = _recipe(options) if options.plan is None else _plan(options, options.plan)
-    check_output_folder(options.out)
+    check_output_folder(options.out, overwrite=options.overwrite)
     device = resolve_device(options.device)
     model, tokenizer = open_model(options.model, device=device)
     stored = _stored_dtype(model)
@@ -91,8 +92,9 @@ def run_compress(options: CompressOptions, *, as_json: bool) -> None:
     small = small.to(stored)  # what was not factored goes back to the dtype it came in
     report = ModelReport.of(small)
     path = save_checkpoint(
-        small, options.out, base=options.model, recipe=chosen.describe(), reports=report.layers, tokenizer=tokenizer
-    )
+        small, options.out, base=options.model, recipe=chosen.describe(), reports=report.layers, tokenizer=tokenizer,
+        overwrite=options.overwrite,
+    )  # fmt: skip
     journal.clear()
     seconds = time.perf_counter() - start
     total = sum(t.numel() * t.element_size() for t in stored_tensors(small).values())
@@ -191,7 +193,7 @@ def _print(result: dict[str, Any]) -> None:
     console.say(f"{result['out']}: {result['recipe']}")
     rows = [
         ("bits per weight (compressed layers)", console.fixed(result["bits_per_weight"], 3)),
-        ("bytes of the compressed layers", f"{result['weight_bytes']:,}"),
+        ("bytes of the compressed layers", f"{result['linear_bytes']:,}"),
         ("bytes of the whole model", f"{result['model_bytes']:,}"),
         ("relative output error, calibration tokens", console.fixed(result["relative_error"], 4)),
         ("relative output error, held-out tokens", console.fixed(result["heldout_relative_error"], 4)),

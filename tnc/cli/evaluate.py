@@ -54,7 +54,7 @@ def stored_sizes(model: nn.Module) -> dict[str, float | int]:
         weights = [weight_of(layer) for layer in select_layers(model).values()]
         linear = sum(w.numel() * w.element_size() for w in weights)
         bits = 8.0 * linear / sum(w.numel() for w in weights)
-    return {"bits_per_weight": bits, "linear_bytes": linear, "weight_bytes": model_bytes(model)}
+    return {"bits_per_weight": bits, "linear_bytes": linear, "model_bytes": model_bytes(model)}
 
 
 def _first(windows: TokenWindows, limit: int) -> TokenWindows:

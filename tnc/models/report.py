@@ -22,7 +22,7 @@ class ModelReport:
     Attributes:
         recipe: one line, name and options.
         bits_per_weight: all stored bits of the compressed layers over their dense elements.
-        weight_bytes: stored bytes of the compressed layers.
+        linear_bytes: stored bytes of the compressed layers.
         relative_error, heldout_relative_error, lower_bound: means over layers of the layers' relative errors.
         predicted_nats: sum over layers: predicted KL to the dense model, nats per token; ``None`` without gradients.
         seconds: decomposition time, summed over layers.
@@ -31,7 +31,7 @@ class ModelReport:
 
     recipe: str
     bits_per_weight: float
-    weight_bytes: int
+    linear_bytes: int
     relative_error: float
     heldout_relative_error: float | None
     lower_bound: float
@@ -55,7 +55,7 @@ class ModelReport:
         totals = {key: _total(layers, key, mean=True) for key in _MEANS}
         totals |= {key: _total(layers, key, mean=False) for key in _SUMS}
         return cls(
-            recipe=str(getattr(model, "tnc_recipe", "")), bits_per_weight=bits / elements, weight_bytes=bits // 8,
+            recipe=str(getattr(model, "tnc_recipe", "")), bits_per_weight=bits / elements, linear_bytes=bits // 8,
             layers=layers, **totals,  # type: ignore[arg-type]
         )  # fmt: skip
 
