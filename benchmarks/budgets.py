@@ -8,9 +8,9 @@ them, and the layers of a plan from the bases fitted for the curves. Rows are sc
 they come, and not computed again when the command is repeated; ``--seconds`` starts no sample after that time.
 
 ``planned`` chooses among GPTQ integers with and without factors, ``bits only`` without, ``rank only`` low rank alone.
-``uniform`` is the finest GPTQ integer everywhere that the budget holds, ``uniform + factors`` the best rank, group and
-factor format everywhere, chosen by predicted nats. With ``--trellis``, ``planned of all`` chooses among two-sided
-trellises and refined two-sided integers, too; ``trellisN`` is one trellis everywhere. ``--aims`` are budgets of
+``uniform`` is one GPTQ integer everywhere, ``uniform + factors`` with one rank and factor format: those of least
+predicted nats within the budget. With ``--trellis``, ``planned of all`` chooses among two-sided trellises of 2, 3 and 4
+bits and two-sided refined int5, too, without factors; ``trellisN`` is one trellis everywhere. ``--aims`` are budgets of
 ``planned`` and ``planned of all`` alone.
 """
 
@@ -21,7 +21,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,27 +34,19 @@ from tnc.errors import BudgetError
 from tnc.models.evaluate import evaluate
 from tnc.planning import AllowedBases, AllowedRanks, Base, Choice, CurveTable, Option, Rules, edit, plan_curves
 
-WIDTHS = (2, 3, 4)
-_ROTATED = (InputRotation(), OutputRotation())
+_TRELLISES = tuple(f"trellis{bits}_diagonal" for bits in (2, 3, 4))
 
 
-def portfolio_of(*, trellis: bool) -> Portfolio:
+def portfolio_of(ranks: Sequence[int], *, trellis: bool) -> Portfolio:
     """The default one, factors of 16 and 4 bits, and groups of 128 and 32 without; with trellises, two-sided bases."""
-    formats = tuple(f"trellis{b}_diagonal" for b in WIDTHS) if trellis else ()
-    found = Portfolio.default(formats=formats, factor_bits=(16, 4))
-    bases = dict(found.bases)
-    for bits in WIDTHS:
-        for group in (128, 32):
-            stage = QuantizeStage(IntFormat(bits, group_size=group))
-            bases[f"int{bits}-g{group}"] = Base(stage, compensated=False)
-        if trellis:
-            bases[f"trellis{bits}_diagonal"] = replace(
-                bases[f"trellis{bits}_diagonal"], compensated=bits == min(WIDTHS)
-            )
-    for bits in (5, 6) if trellis else ():
-        stage = QuantizeStage(IntFormat(bits), method="yaqa", refine=3)
-        bases[f"yaqa-int{bits}"] = Base(stage, compensated=False, transforms=_ROTATED)
-    return replace(found, bases=bases, factor_ranks=(8, *found.factor_ranks))
+    found = Portfolio.default(formats=_TRELLISES if trellis else (), factor_bits=(16, 4))
+    extra = {f"int{bits}-g{group}": Base(QuantizeStage(IntFormat(bits, group_size=group)), compensated=False)
+             for bits in (2, 3, 4) for group in (128, 32)}  # fmt: skip
+    if trellis:
+        extra |= {name: replace(found.bases[name], compensated=False) for name in _TRELLISES}
+        stage = QuantizeStage(IntFormat(5), method="yaqa", refine=3)
+        extra["yaqa-int5"] = Base(stage, compensated=False, transforms=(InputRotation(), OutputRotation()))
+    return replace(found, bases={**found.bases, **extra}, factor_ranks=tuple(ranks))
 
 
 def plans(table: CurveTable, budgets: list[float], aims: list[float]) -> Iterator[tuple[str, float, Plan]]:
@@ -144,7 +136,7 @@ def _run_seed(
 ) -> None:
     name, begin = arguments.model.name, time.monotonic()
     stats = start.statistics(arguments, seed)
-    with start.workshop(arguments, stats, portfolio_of(trellis=arguments.trellis)) as shop:
+    with start.workshop(arguments, stats, portfolio_of(arguments.ranks, trellis=arguments.trellis)) as shop:
         print(f"{name} seed {seed}: statistics {time.monotonic() - begin:.0f} s", flush=True)
         table = shop.curves(start.model)
         print(f"{name} seed {seed}: curves {time.monotonic() - begin:.0f} s", flush=True)
@@ -210,6 +202,7 @@ def main() -> None:
     own = parser(__doc__, out="results/budgets.json")
     own.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, 4.0])
     own.add_argument("--aims", type=float, nargs="*", default=[], help="budgets of planned models alone")
+    own.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64], help="of 4-bit factors")
     own.add_argument("--trellis", action="store_true", help="two-sided trellises and integers, too")
     own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and labels")
     own.add_argument("--seconds", type=float, default=float("inf"), help="start no seed after this time")

@@ -56,7 +56,7 @@ class Start:
         dense: the same on the device, to score by.
         tokenizer: of the model.
         weights: of the layers that are planned.
-        windows: of the held-out text.
+        windows: of the held-out text; none without one.
     """
 
     model: nn.Module
@@ -73,8 +73,11 @@ class Start:
             unfuse_experts(model)
         weights = {name: weight_of(layer).detach().clone() for name, layer in select_layers(model).items()}
         dense = copy.deepcopy(model).to(arguments.device)
-        text = token_windows(tokenizer, read_text(arguments.text), arguments.context, keep_last=False)
-        return cls(model, dense, tokenizer, weights, spread(text, arguments.windows))
+        windows = []
+        if arguments.text is not None:
+            whole = token_windows(tokenizer, read_text(arguments.text), arguments.context, keep_last=False)
+            windows = spread(whole, arguments.windows)
+        return cls(model, dense, tokenizer, weights, windows)
 
     def statistics(self, arguments: argparse.Namespace, seed: int) -> dict[str, LayerStats]:
         """Of one sample of the calibration text, or from the file."""

@@ -15,7 +15,18 @@ from tnc.formats import IntFormat
 from tnc.models.layer_scores import scores_alone
 from tnc.models.planning import measure_plan
 from tnc.models.replan import Replanner
-from tnc.planning import Base, Choice, CurveTable, KeepDense, Rules, edit, plan_curves, shortfalls
+from tnc.planning import (
+    AllowedBases,
+    AllowedRanks,
+    Base,
+    Choice,
+    CurveTable,
+    KeepDense,
+    Rules,
+    edit,
+    plan_curves,
+    shortfalls,
+)
 
 PORTFOLIO = tnc.Portfolio(
     {"dense": Base(DenseStage(), compensated=False), "int8": Base(QuantizeStage(IntFormat(8)), compensated=False)}
@@ -101,6 +112,19 @@ def test_error_budget_is_guaranteed(calibrated):
         plan = tnc.plan(model, stats, tnc.RelativeError(bound), curves=curves)
         report = tnc.ModelReport.of(compressed(model, stats, plan))
         assert max(layer["heldout_relative_error"] for layer in report.layers.values()) <= bound
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_layer_exceeds_the_error_of_a_random_request(calibrated, seed):
+    model, stats, curves = calibrated
+    random = torch.Generator().manual_seed(seed)
+    bound = float(0.005 * 100 ** torch.rand(1, generator=random))  # 0.5 to 50 %
+    drawn = torch.rand(4, generator=random) < 0.4
+    every = (KeepDense(("*.o_proj",)), AllowedRanks(()), AllowedRanks((4,)), AllowedBases(("int4", "int2", "dense")))
+    rules = Rules(tuple(each for each, taken in zip(every, drawn, strict=True) if taken))
+    plan = plan_curves(curves, tnc.RelativeError(bound), rules)
+    layers = tnc.ModelReport.of(compressed(model, stats, plan)).layers
+    assert max(layer["heldout_relative_error"] for layer in layers.values()) <= bound
 
 
 def test_error_budget_on_other_statistics_raises(calibrated):

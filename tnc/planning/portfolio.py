@@ -88,7 +88,7 @@ class Portfolio:
     factors: Mapping[str, NumberFormat | None] = field(default_factory=lambda: {PLAIN: None})
     rank_step: int = 8
     max_rank: int = 512
-    factor_ranks: tuple[int, ...] = (16, 32, 64)
+    factor_ranks: tuple[int, ...] = (8, 16, 32, 64)
     shared: bool = False
 
     def __post_init__(self) -> None:
