@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from benchmarks.workshop import Made, Workshop
 from tnc import LayerStats, Portfolio, calibrate, load_stats
 from tnc.checkpoint import Journal
 from tnc.experts import unfuse_experts
-from tnc.models.evaluate import Evaluation, evaluate
+from tnc.models.evaluate import Evaluation, evaluate_many
 from tnc.models.hf import load_model, load_tokenizer
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.text import Tokenizer, calibration_batches, read_text, token_windows
@@ -101,10 +101,19 @@ class Start:
 
     def scores(self, matrices: Mapping[str, Tensor]) -> Evaluation:
         """The model with some weights replaced, on held-out text."""
-        model = copy.deepcopy(self.dense)
-        for name, matrix in matrices.items():
-            weight_of(model.get_submodule(name)).data.copy_(matrix)
-        return evaluate(model, self.windows, reference=self.dense)
+        return self.scores_of([matrices])[0]
+
+    def scores_of(self, every: Sequence[Mapping[str, Tensor]]) -> list[Evaluation]:
+        """The same for several models, 8 at a time beside the dense one."""
+        found: list[Evaluation] = []
+        for first in range(0, len(every), 8):
+            models = {str(at): copy.deepcopy(self.dense) for at in range(first, min(first + 8, len(every)))}
+            for at, model in models.items():
+                for name, matrix in every[int(at)].items():
+                    weight_of(model.get_submodule(name)).data.copy_(matrix)
+            scores = evaluate_many(models, self.windows, reference=self.dense)
+            found += [scores[at] for at in models]
+        return found
 
 
 def totals(made: Mapping[str, Made]) -> dict[str, Any]:

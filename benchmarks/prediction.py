@@ -85,17 +85,19 @@ def summary(rows: Sequence[Mapping[str, float]], scale: float) -> dict[str, Any]
 def parts(start: Start, plan: Plan, made: Mapping[str, Made]) -> dict[str, Any]:
     """KL of a plan, the sum over its layers alone and over its blocks alone, each over the prediction."""
     matrices = {name: layer.matrix for name, layer in made.items()}
-    alone = {name: start.scores({name: matrix}).kl or 0.0 for name, matrix in matrices.items()}
     blocks: dict[str, list[str]] = {}
     for name in matrices:
         number = next((part for part in name.split(".") if part.isdigit()), "")
         blocks.setdefault(number, []).append(name)
-    by_block = [start.scores({name: matrices[name] for name in names}).kl or 0.0 for names in blocks.values()]
+    sets = [matrices, *({name: matrices[name] for name in names} for names in blocks.values())]
+    sets += [{name: matrix} for name, matrix in matrices.items()]
+    whole, *rest = (scores.kl or 0.0 for scores in start.scores_of(sets))
+    by_block, alone = rest[: len(blocks)], dict(zip(matrices, rest[len(blocks) :], strict=True))
     predicted = plan.predicted_nats or 1.0
     nats = {name: layer.nats or 0.0 for name, layer in plan.layers.items()}
     large = [alone[name] / nats[name] for name in nats if nats[name] > 0.02 * predicted]
     return {
-        "whole": (start.scores(matrices).kl or 0.0) / predicted, "layers": sum(alone.values()) / predicted,
+        "whole": whole / predicted, "layers": sum(alone.values()) / predicted,
         "blocks": sum(by_block) / predicted, "layer_from": min(large), "layer_to": max(large), "alone": alone,
     }  # fmt: skip
 
