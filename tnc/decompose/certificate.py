@@ -18,7 +18,7 @@ from tnc.decompose.structure import rank_of
 from tnc.metric import Metric
 from tnc.networks import mpo_lower_bound
 from tnc.quant import grid_lower_bound
-from tnc.terms import Blast, BlockLowRank, Expression, Mpo, Quantized, Sum, dense64
+from tnc.terms import Blast, BlockLowRank, Chain, Expression, Mpo, Quantized, Sum, dense64
 
 # The exact spectrum of a wider layer (smaller side) takes minutes; its bound is left at 0 with a note.
 SPECTRUM_LIMIT = 8192
@@ -50,8 +50,8 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
         residual = weight - sum(dense64(t) for t in rest)
         tail = float(spectrum(residual, metric)[rank:].square().sum())
         return max(tail - _rounding(residual, metric), 0.0) ** 0.5, None
-    if isinstance(operator, Mpo):
-        return mpo_lower_bound(weight, operator, metric)
+    if isinstance(operator, Mpo | Chain):
+        return mpo_lower_bound(weight, operator if isinstance(operator, Mpo) else operator.mpo(), metric)
     if isinstance(operator, Quantized):
         hessian = torch.eye(weight.shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian
         return grid_lower_bound(weight, operator, hessian) ** 0.5, None

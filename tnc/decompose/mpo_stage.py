@@ -8,12 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tnc.decompose.cores import CoreFormats, core_bits, quantize_cores
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
 from tnc.decompose.stages import Fitted, MetricOf, Target
 from tnc.errors import BudgetError, RecipeError
 from tnc.metric import Metric
 from tnc.networks import KroneckerMetric, adapt_ranks, als, site_modes, tt_svd_with_report
 from tnc.networks.modes import Modes, check_pair, rank_bounds, site_tensor
+from tnc.quant import quantizer
 from tnc.stats import LayerStats
 from tnc.terms import Mpo, dense64
 
@@ -35,6 +37,13 @@ class MpoStage:
         out_modes: output modes; ``None`` balances them.
         in_modes: input modes.
         dtype: of the stored cores; ``None`` is the dtype of the weight.
+        core_format: number format of the stored cores, or one for each (``None`` stores floats); the term is then a
+            `Chain` of quantized cores, fitted as `tnc.decompose.cores` says. Without ``sweeps`` they are rounded once.
+        core_method: a name of `tnc.quant.QUANTIZERS` for the cores.
+
+    Raises:
+        RecipeError: for impossible values, an unknown method, or a `RelativeError` with a core format: bonds are found
+            for it before the cores are rounded.
     """
 
     rank: Size
@@ -44,8 +53,16 @@ class MpoStage:
     out_modes: Modes | None = None
     in_modes: Modes | None = None
     dtype: torch.dtype | None = None
+    core_format: CoreFormats | None = None
+    core_method: str = "yaqa"
 
     def __post_init__(self) -> None:
+        quantizer(self.core_method)
+        if self.core_format is not None and isinstance(self.rank, RelativeError):
+            raise RecipeError(
+                f"MpoStage({self.rank}, core_format=...): cores are rounded after the bonds are found, so the error is "
+                "not met; give a rank or BitsPerWeight."
+            )
         if self.cores < 1 or self.sweeps < 0 or (self.out_modes is None) != (self.in_modes is None):
             raise RecipeError(
                 f"MpoStage(cores={self.cores}, sweeps={self.sweeps}, out_modes={self.out_modes}, in_modes="
@@ -67,7 +84,14 @@ class MpoStage:
             by_rank = partial(self._by_rank, target.residual, metric)
             mpo, more = by_rank(outs, ins, rank, dtype) if rank else (_zero(shape, outs, ins, dtype), [])
             notes += more
+            if rank and self.core_format is not None:
+                return self._quantized(target.residual, mpo, metric, self.core_format, notes)
         return Fitted(mpo, fallbacks=tuple(notes))
+
+    def _quantized(self, residual: Tensor, mpo: Mpo, metric: Metric, formats: CoreFormats, notes: list[str]) -> Fitted:
+        rounds = self.sweeps if residual.numel() <= ALS_LIMIT else 0
+        found = quantize_cores(residual, mpo, metric, formats, method=self.core_method, rounds=rounds)
+        return Fitted(found.chain, found.damping, (*notes, *found.fallbacks))
 
     def modes(self, shape: tuple[int, int]) -> tuple[Modes, Modes]:
         """Output and input modes for a weight of this shape.
@@ -110,15 +134,21 @@ class MpoStage:
         low, high, size = 0, max(rank_bounds(outs, ins), default=1), shape[0] * shape[1]
         while low < high:
             middle = (low + high + 1) // 2
-            stored = spent + _params(outs, ins, middle) * dtype.itemsize * 8
+            stored = spent + self.stored_bits(shape, middle, dtype)
             low, high = (middle, high) if stored / size <= self.rank.value else (low, middle - 1)
         if low == 0:
-            smallest = (spent + _params(outs, ins, 1) * dtype.itemsize * 8) / size
+            smallest = (spent + self.stored_bits(shape, 1, dtype)) / size
             raise BudgetError(
                 f"BitsPerWeight({self.rank.value}) has no room for a bond dimension of 1 over modes {outs} x {ins} of "
                 f"weight {shape} beside {spent} bits; ask for at least {smallest:.4f} bits, or more cores."
             )
         return low
+
+    def stored_bits(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
+        """Bits of the cores when no bond is above ``rank``."""
+        outs, ins = self.modes(shape)
+        ranks = (1, *(min(rank, bound) for bound in rank_bounds(outs, ins)), 1)
+        return core_bits(self.core_format, outs, ins, ranks, self.dtype or dtype)
 
     def _by_rank(
         self, residual: Tensor, metric: Metric, outs: Modes, ins: Modes, rank: int, dtype: torch.dtype
@@ -150,9 +180,3 @@ def _zero(shape: tuple[int, int], outs: Modes, ins: Modes, dtype: torch.dtype) -
     ranks = [1, *(0 for _ in outs[1:]), 1]
     sizes = zip(ranks, outs, ins, ranks[1:], strict=False)
     return Mpo(tuple(torch.zeros(size, dtype=dtype) for size in sizes), shape)
-
-
-def _params(outs: Modes, ins: Modes, rank: int) -> int:
-    """Numbers stored when no bond is above ``rank``."""
-    ranks = [1, *(min(rank, bound) for bound in rank_bounds(outs, ins)), 1]
-    return sum(a * o * i * b for a, o, i, b in zip(ranks, outs, ins, ranks[1:], strict=False))

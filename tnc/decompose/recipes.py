@@ -95,8 +95,8 @@ def recipe(
             `Rank`, `RelativeError` or `BitsPerWeight`.
         blocks: of a structured term, on each side of the weight.
         cores: of a matrix product operator; default 2.
-        factor_bits: width of the low-rank factors, with ``group_size``; by default they are stored in the weight's
-            dtype.
+        factor_bits: width of the low-rank factors, or of the cores of a matrix product operator, with
+            ``group_size``; by default they are stored in the weight's dtype.
         factor_format: number format of the factors instead of ``factor_bits``, named or given as ``format`` is.
         sweeps: rounds of alternation, at most.
 

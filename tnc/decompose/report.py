@@ -14,7 +14,7 @@ from tnc.decompose.rival import rival
 from tnc.decompose.structure import rank_of
 from tnc.metric import Metric
 from tnc.stats import LayerStats
-from tnc.terms import Expression, Mpo, Quantized, dense64
+from tnc.terms import Chain, Expression, Mpo, Quantized, dense64
 
 # Norms of layers up to this width are taken in float64; wider ones in float32 products with a float64 sum.
 _DOUBLE_LIMIT = 2048
@@ -141,7 +141,7 @@ def _rank_of(operator: Expression) -> int | None:
 
 
 def _bonds_of(operator: Expression) -> tuple[int, ...] | None:
-    found = [t.ranks[1:-1] for t in leaves(operator) if isinstance(t, Mpo)]
+    found = [t.ranks[1:-1] for t in leaves(operator) if isinstance(t, Mpo | Chain)]
     return found[0] if len(found) == 1 else None
 
 

@@ -13,7 +13,7 @@ from tnc.metric import Metric
 from tnc.stats import LayerStats
 from tnc.terms import Expression, LowRank
 
-NETWORKS = ("mpo",)
+NETWORKS = ("mpo", "chain")
 """Kinds of terms that are reported beside a truncated SVD."""
 
 
@@ -22,7 +22,8 @@ def rival(weight: Tensor, operator: Expression, stats: LayerStats | None) -> Low
 
     It is optimal in ``G ⊗ H`` (H without gradients, Frobenius without statistics), and of rank 0 where the bits do not
     pay for one. ``None`` if no term of the operator is a tensor network, or a term is neither that nor low rank: then
-    bits of other forms would be compared with bits of low rank. Wrapping transforms count by their bits.
+    bits of other forms would be compared with bits of low rank. Wrapping transforms count by their bits; the dtype of
+    a network of quantized cores is that of their scales.
 
     Cost: that of `truncated_svd`.
     """
@@ -30,7 +31,7 @@ def rival(weight: Tensor, operator: Expression, stats: LayerStats | None) -> Low
     found = [term for term in terms if term.kind in NETWORKS]
     if not found or any(term.kind not in (*NETWORKS, "low_rank") for term in terms):
         return None
-    dtype = next(iter(found[0].tensors().values())).dtype
+    dtype = next((t.dtype for t in found[0].tensors().values() if t.is_floating_point()), weight.dtype)
     rank = operator.storage_bits // (sum(weight.shape) * dtype.itemsize * 8)
     metric = Metric() if stats is None else Metric.auto(stats)
     return truncated_svd(weight, min(rank, *weight.shape), metric=metric, dtype=dtype)

@@ -7,7 +7,7 @@ one network, which opt_einsum orders together with ``x``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from string import ascii_letters
@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from tnc.kernels.reference import rebuild
 from tnc.kernels.table import Tensors
-from tnc.terms import Expression, Spec
+from tnc.terms import Chain, Expression, Spec
 
 _TOKENS = "t"  # the leg of x that is no feature
 _EXACT = 12  # operands up to which every order without outer products is searched
@@ -32,7 +32,8 @@ class Form:
     """A leaf as an einsum network, in labels of its own (ASCII letters but ``t``).
 
     Attributes:
-        operands: (tensor name, its labels), in any order; the name ``""`` is the leaf's own rebuilt matrix.
+        operands: (tensor name, its labels), in any order; the name ``""`` is the leaf's own rebuilt matrix, a name
+            such as ``"0."`` the rebuilt matrix of a term of a `Chain`, as its core.
         out: labels of the output legs; their sizes multiply to out_features.
         into: labels of the input legs; a leg that is also in ``out`` is diagonal.
     """
@@ -54,6 +55,17 @@ def _mpo(cores: Tensors, shape: tuple[int, int]) -> Form:
     bonds, out, into = _LABELS[: d + 1], _LABELS[d + 1 : 2 * d + 1], _LABELS[2 * d + 1 : 3 * d + 1]
     operands = ((name, bonds[k] + out[k] + into[k] + bonds[k + 1]) for k, name in enumerate(cores))
     return Form(tuple(operands), out, into)
+
+
+def _chain(chain: Expression) -> Form:
+    """The terms as the cores of an operator."""
+    assert isinstance(chain, Chain)
+    d = len(chain.terms)
+    padded = (prod(chain.out_modes), prod(chain.in_modes)) != chain.shape
+    if padded or 3 * d + 1 > len(_LABELS):
+        return _MATRIX
+    bonds, out, into = _LABELS[: d + 1], _LABELS[d + 1 : 2 * d + 1], _LABELS[2 * d + 1 : 3 * d + 1]
+    return Form(tuple((f"{k}.", bonds[k] + out[k] + into[k] + bonds[k + 1]) for k in range(d)), out, into)
 
 
 def _tensor_ring(cores: Tensors) -> Form:
@@ -86,6 +98,7 @@ _FORMS: dict[str, Callable[[Expression], Form]] = {
     "diagonal": lambda leaf: Form((("vector", "a"),), out="a", into="a"),
     "low_rank": lambda leaf: Form((("left", "ar"), ("right", "rb")), out="a", into="b"),
     "mpo": lambda leaf: _mpo(leaf.tensors(), leaf.shape),
+    "chain": _chain,
     "block_low_rank": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="jl", into="ki"),
     "monarch": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="lj", into="ki"),
     "blast": lambda leaf: Form((("left", "alr"), ("coupling", "abr"), ("right", "brc")), out="al", into="bc"),
@@ -97,16 +110,18 @@ _FORMS: dict[str, Callable[[Expression], Form]] = {
 
 @dataclass(frozen=True)
 class Operand:
-    """One weight operand: a stored tensor, or the rebuilt matrix of a subexpression."""
+    """One weight operand: a stored tensor, or the rebuilt matrix of a subexpression, reshaped to ``legs`` if given."""
 
     names: tuple[tuple[str, str], ...]  # (name inside the subexpression, name in the whole)
     spec: Spec | None  # None: the stored tensor itself
+    legs: tuple[int, ...] | None = None
 
     def load(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """The stored tensor as it is, or the rebuilt matrix in ``dtype`` or float32, whichever is wider."""
         if self.spec is None:
             return tensors[self.names[0][1]]
-        return rebuild(self.spec, {inner: tensors[outer] for inner, outer in self.names}, dtype)
+        matrix = rebuild(self.spec, {inner: tensors[outer] for inner, outer in self.names}, dtype)
+        return matrix if self.legs is None else matrix.reshape(self.legs)
 
     def describe(self) -> str:
         """Name of the tensor, or the kind of the rebuilt subexpression in brackets."""
@@ -145,10 +160,18 @@ def piece(expression: Expression, prefix: str) -> Piece:
     tensors = expression.tensors()
     operands, labels, shapes = [], [], []
     for name, legs in form.operands:
-        operands.append(Operand(((name, prefix + name),), None) if name else rebuilt(expression, prefix))
+        if isinstance(expression, Chain) and name:
+            operands.append(_core(expression, prefix, int(name.rstrip("."))))
+        else:
+            operands.append(Operand(((name, prefix + name),), None) if name else rebuilt(expression, prefix))
         labels.append(legs)
-        shapes.append(tuple(tensors[name].shape) if name else expression.shape)
+        shapes.append(operands[-1].legs or (tuple(tensors[name].shape) if name else expression.shape))
     return Piece(tuple(operands), tuple(labels), tuple(shapes), form.out, form.into)
+
+
+def _core(chain: Chain, prefix: str, k: int) -> Operand:
+    """Term k of a chain as the core (r_prev, o, i, r_next)."""
+    return replace(rebuilt(chain.terms[k], f"{prefix}{k}."), legs=chain.core_shape(k))
 
 
 def join(left: Piece, right: Piece) -> Piece | None:

@@ -157,8 +157,8 @@ class Local:
         """(a, i, b, a, i, b): H contracted with the output-traced environments; ``2 n² b²`` flops."""
         k, layer = self.first, self.layer
         before, after = layer.in_modes[:k], layer.in_modes[k + 1 :]
-        lefts = _by_side(self.left.T, layer.out_modes[:k], before)  # (a, outs, ins)
-        rights = _by_side(self.right, layer.out_modes[k + 1 :], after)
+        lefts = by_side(self.left.T, layer.out_modes[:k], before)  # (a, outs, ins)
+        rights = by_side(self.right, layer.out_modes[k + 1 :], after)
         left = torch.einsum("aox,boy->axby", lefts, lefts)
         right = torch.einsum("aox,boy->axby", rights, rights)
         full = prod(layer.in_modes)
@@ -213,8 +213,8 @@ class Local:
         return solved.reshape(a, s, b)
 
 
-def _by_side(environment: Tensor, outs: Modes, ins: Modes) -> Tensor:
-    """(r, o_1 i_1 ...) as (r, outputs, inputs)."""
+def by_side(environment: Tensor, outs: Modes, ins: Modes) -> Tensor:
+    """An environment (r, o_1 i_1 ...) as (r, outputs, inputs)."""
     d = len(outs)
     legs = environment.reshape([len(environment), *(size for pair in zip(outs, ins, strict=True) for size in pair)])
     order = [0, *range(1, 2 * d, 2), *range(2, 2 * d + 1, 2)]

@@ -1,8 +1,9 @@
-"""The operator algebra: leaf terms, `Sum` and `Product`."""
+"""The operator algebra: leaf terms, and the combinators `Sum`, `Product` and `Chain`."""
 
 from tnc.terms.base import Expression, Spec, cast, dense64, from_spec, kinds, map_tensors, register
 from tnc.terms.blast import Blast
 from tnc.terms.block_low_rank import BlockLowRank
+from tnc.terms.chain import Chain
 from tnc.terms.combine import Product, Sum
 from tnc.terms.cp import Cp
 from tnc.terms.dense import Dense
@@ -19,7 +20,7 @@ from tnc.terms.tensor_ring import TensorRing
 from tnc.terms.tucker import Tucker
 
 __all__ = [
-    "Blast", "BlockLowRank", "Cp", "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Monarch", "Mpo",
+    "Blast", "BlockLowRank", "Chain", "Cp", "Dense", "Diagonal", "Expression", "Hadamard", "LowRank", "Monarch", "Mpo",
     "Permutation", "Product", "Quantized", "Selection", "Sparse", "Spec", "Sum", "TensorRing", "Tucker", "cast",
     "dense64", "from_spec", "kinds", "map_tensors", "register",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from tnc.errors import BackendError
 from tnc.formats import TrellisFormat
 from tnc.terms.base import Expression, wide
+from tnc.terms.chain import Chain
 from tnc.terms.combine import Product, Sum
 from tnc.terms.dense import Dense
 from tnc.terms.low_rank import LowRank
@@ -102,6 +103,12 @@ def _mpo(term: Expression, index: Tensor) -> Tensor:
     return state.flatten(1)[:, : term.shape[1]]
 
 
+def _chain(term: Expression, index: Tensor) -> Tensor:
+    """Cores are small: they are rebuilt, and one slice of each is taken."""
+    assert isinstance(term, Chain)
+    return _mpo(term.mpo(), index)
+
+
 _RULES: dict[str, Callable[[Expression, Tensor], Tensor]] = {
-    "dense": _dense, "low_rank": _low_rank, "quantized": _quantized, "mpo": _mpo,
+    "dense": _dense, "low_rank": _low_rank, "quantized": _quantized, "mpo": _mpo, "chain": _chain,
 }  # fmt: skip

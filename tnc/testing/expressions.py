@@ -18,6 +18,7 @@ from tnc.networks import balanced_modes
 from tnc.terms import (
     Blast,
     BlockLowRank,
+    Chain,
     Cp,
     Dense,
     Diagonal,
@@ -106,6 +107,18 @@ def _mpo(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
     ranks = [1, *(draw(st.integers(0, 3)) for _ in range(d - 1)), 1]
     modes = zip(balanced_modes(shape[0], d), balanced_modes(shape[1], d)[::-1], strict=True)
     return Mpo(tuple(_gaussian(draw, (ranks[k], o, i, ranks[k + 1])) for k, (o, i) in enumerate(modes)), shape)
+
+
+def _chain(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
+    d = draw(st.integers(1, 3))
+    ranks = [1, *(draw(st.integers(1, 3)) for _ in range(d - 1)), 1]
+    outs, ins = balanced_modes(shape[0], d), balanced_modes(shape[1], d)[::-1]
+    terms = []
+    for legs in zip(ranks, outs, ins, ranks[1:], strict=False):
+        cut = draw(st.integers(0, 3))
+        leaf = draw(st.sampled_from((_dense, _quantized)))
+        terms.append(leaf(draw, (math.prod(legs[:cut]), math.prod(legs[cut:]))))
+    return Chain(tuple(terms), tuple(ranks), outs, ins, shape)
 
 
 def _quantized(draw: st.DrawFn, shape: tuple[int, int]) -> Expression:
@@ -208,6 +221,7 @@ _LEAVES: dict[str, Leaf] = {
     "dense": _dense,
     "low_rank": _low_rank,
     "mpo": _mpo,
+    "chain": _chain,
     "quantized": _quantized,
     "diagonal": _diagonal,
     "sparse": _sparse,

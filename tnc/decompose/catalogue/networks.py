@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 from tnc.decompose.mpo_stage import MpoStage
-from tnc.decompose.recipes import Recipe, RecipeEntry, register_recipe
+from tnc.decompose.recipes import Recipe, RecipeEntry, factor_format_of, register_recipe
 from tnc.decompose.site_ordering import SiteOrdering
 from tnc.decompose.sizes import BitsPerWeight, Size
 from tnc.decompose.stages import LowRankStage, MetricOf
 from tnc.errors import RecipeError
+from tnc.formats import NumberFormat
 from tnc.metric import Metric
+
+_CORE_BITS = 8  # halves the bits of 16-bit cores at nearly their error (docs/tensor-networks.md)
+_CORE_GROUP = 64
 
 
 def _mpo(metric: MetricOf, sweeps: int, *, rank: Size, cores: int = 2) -> Recipe:
     return Recipe("", (MpoStage(rank, cores=cores, metric=metric, sweeps=sweeps),))
+
+
+def _compactifai(*, rank: Size, cores: int = 2, **core: Any) -> Recipe:  # noqa: ANN401
+    """The cores are rounded as the paper does it, to the nearest code, or not at all."""
+    format = _core_format(**core)
+    stage = MpoStage(rank, cores=cores, metric=Metric.identity, sweeps=0, core_format=format, core_method="rtn")
+    return Recipe("", (stage,))
+
+
+def _quantized(*, rank: Size, cores: int = 2, factor_bits: int | None = None, **core: Any) -> Recipe:  # noqa: ANN401
+    bits = _CORE_BITS if factor_bits is None and "factor_format" not in core else factor_bits
+    return Recipe("", (MpoStage(rank, cores=cores, core_format=_core_format(factor_bits=bits, **core)),))
+
+
+def _core_format(
+    *, factor_bits: int | None = None, factor_format: NumberFormat | str | None = None, group_size: int | None = None
+) -> NumberFormat | None:
+    """The format that the options of the factors mean for cores, whose rows fill up their last group."""
+    format = factor_format_of(
+        factor_bits=factor_bits, factor_format=factor_format, group_size=group_size or _CORE_GROUP
+    )
+    if format is None:
+        return None
+    return replace(format, pad=True) if "pad" in {f.name for f in fields(format)} else format  # type: ignore[arg-type,type-var]
 
 
 def _pooled(*, rank: Size) -> Recipe:
@@ -35,10 +65,13 @@ def _ordered(*, rank: Size, cores: int = 2) -> Recipe:
 
 
 _SIZE = ("rank", "cores")
+_ROUNDED = (*_SIZE, "factor_bits", "factor_format", "group_size")
 
 for _name, _summary, _source, _options, _build in (
-    ("compactifai", "matrix product operator by TT-SVD, Frobenius norm (no healing, cores unquantized)",
-     "arXiv:2401.14109", _SIZE, partial(_mpo, Metric.identity, 0)),
+    ("compactifai", "matrix product operator by TT-SVD, Frobenius norm, cores in factor_bits if given (no healing)",
+     "arXiv:2401.14109", _ROUNDED, _compactifai),
+    ("mpo_quantized", "mpo with cores in 8 bits or factor_bits, rounded one at a time, the others refitted (Q-MPO)",
+     "MATH.md sections 3 and 4", _ROUNDED, _quantized),
     ("mpo", "matrix product operator in G ⊗ H: Kronecker whitening, then alternating least squares",
      "MATH.md section 4", _SIZE, partial(_mpo, Metric.auto, 2)),
     ("mpo_pooled", "mpo with two cores and bond dimensions pooled over the whole model by nats per bit",
