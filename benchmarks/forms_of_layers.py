@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from benchmarks.layerwise import STATS, WEIGHTS, Row, largest_first, load, measured, parser, read
+from benchmarks.layerwise import STATS, WEIGHTS, Row, load, measured, parser, read
 from tnc.forms.compare import compare_forms
 
 ERROR = "heldout_relative_error"
@@ -71,7 +71,7 @@ def main() -> None:
     arguments = parser(__doc__, "results/forms.json").parse_args()
     if not arguments.table:
         load(arguments)
-        measured(arguments, largest_first(), partial(layer_row, bits=16 * arguments.share))
+        measured(arguments, list(WEIGHTS), partial(layer_row, bits=16 * arguments.share))
     print("\n".join(table(read(arguments.out)["rows"])))
 
 

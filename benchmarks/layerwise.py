@@ -96,11 +96,6 @@ def load(arguments: argparse.Namespace) -> None:
     WEIGHTS.update({name: weight_of(layer).detach().cpu().clone() for name, layer in select_layers(model).items()})
 
 
-def largest_first() -> list[str]:
-    """Layers by falling size, so that the last ones to end are short."""
-    return sorted(WEIGHTS, key=lambda name: -WEIGHTS[name].numel())
-
-
 def read(path: Path) -> dict[str, Any]:
     """What the file holds."""
     return dict(json.loads(path.read_text())) if path.exists() else {"rows": {}}

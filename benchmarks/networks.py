@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.layerwise import STATS, WEIGHTS, Row, kind, largest_first, load, measured, middle, parser, read
+from benchmarks.layerwise import STATS, WEIGHTS, Row, kind, load, measured, middle, parser, read
 from tnc import BitsPerWeight, LayerStats, Metric, MpoStage
 from tnc.decompose import InputPermutation, OutputPermutation, truncated_svd
 from tnc.decompose.rival import rival
@@ -176,7 +176,7 @@ def main() -> None:
         what = partial(
             job, share=arguments.share, cores=arguments.cores, sweeps=arguments.sweeps, order=arguments.orders
         )  # fmt: skip
-        measured(arguments, [*(mlps() if arguments.orders else []), *largest_first()], what)
+        measured(arguments, [*WEIGHTS, *(mlps() if arguments.orders else [])], what)
     print("\n".join(tables(read(arguments.out)["rows"])))
 
 
