@@ -18,7 +18,7 @@ import multiprocessing
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ DTYPE = torch.float16  # of stored factors
 
 
 def rows(share: float, only: str) -> list[Recipe]:
-    """Truncated SVD and matrix product operators at ``16 * share`` bits a weight, cheap ones first."""
+    """Truncated SVD and matrix product operators at ``16 * share`` bits a weight, what is asked first first."""
     size = {"rank": BitsPerWeight(16 * share)}
-    found = [recipe(name, **size) for name in ("svd_fisher", "compactifai", "svd_pooled", "svd", "svd_llm")]
-    found.append(recipe("compactifai", **size, cores=3))
-    found += [recipe(name, **size) for name in ("mpo", "mpo_low_rank", "mpo_pooled", "mpo_ordered")]
-    found += [recipe("mpo", **size, cores=3), recipe("blast", **size, blocks=8)]
+    found = [recipe(name, **size) for name in ("svd_fisher", "compactifai", "svd_pooled", "mpo", "mpo_low_rank")]
+    found += [recipe(name, **size) for name in ("mpo_pooled", "svd")]
+    ordered = recipe("mpo_ordered", **size).candidates[1]  # without the choice, which would decompose twice
+    found.append(replace(ordered, name="mpo, sites ordered"))
+    found += [recipe("svd_llm", **size), recipe("compactifai", **size, cores=3), recipe("mpo", **size, cores=3)]
+    found.append(recipe("blast", **size, blocks=8))
     return [each for each in found if re.search(only, label(each))]
 
 

@@ -3,7 +3,7 @@
 Before each run 64 MB of other memory are read, so that weights come from memory as they do in a model; medians. Every
 answer is checked before its clock starts. The runs of one way follow one another: what a way frees slows the next.
 
-python -m benchmarks.mpo_prices [--tokens 1 16 256] [--columns 4096] [--all]
+python -m benchmarks.mpo_prices [--tokens 1 16 256] [--columns 4096] [--all] [--kept 0]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from benchmarks.cases.mpo import LETTERS, random_mpo
 from benchmarks.run import machine
 from tnc import Mpo
-from tnc.kernels.kept import SLOT
+from tnc.kernels.kept import KEPT
 from tnc.kernels.mpo_prices import candidates
 from tnc.terms import dense64
 
@@ -56,7 +56,7 @@ def compare(operator: Mpo, tokens: int, most: int, repeats: int) -> tuple[dict[s
         "torch.einsum": lambda: torch.einsum(letters, x.reshape(tokens, *ins), *operator.cores).reshape(tokens, rows),
     }
     ways |= {plan.describe(): lambda plan=plan: plan(x, tensors) for plan in plans}  # type: ignore[misc]
-    SLOT.release()
+    KEPT.release()
     return medians(ways, x.double() @ dense64(operator).T, repeats), {plan.describe(): plan.seconds for plan in plans}
 
 
@@ -65,9 +65,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--kept", type=int, default=1, help="weights that may be kept; 0 times what others run then")
     parser.add_argument("--all", action="store_true", help="time every way, not the four of least predicted time")
     arguments = parser.parse_args()
     print(json.dumps(machine()))
+    KEPT.allow(weights=arguments.kept)
     ratios, losses = [], []
     with torch.no_grad():
         for cores, rank in ((2, 16), (2, 64), (3, 16), (3, 64)):

@@ -1,86 +1,191 @@
-"""Errors of matrix product operators on the linear layers of a model: TT-SVD, whitened, refined, and the SVD rival.
+"""Errors of matrix product operators on every linear layer of a model at equal bonds, and what orders of sites bring.
 
-    python -m benchmarks.networks MODEL STATS --share 0.5 --cores 2
+    python -m benchmarks.networks MODEL --stats STATS --jobs 2 --out results/networks.json
+    python -m benchmarks.networks --table --out results/networks.json
 
-All forms of a layer have the same modes and bond dimension, the largest that stores ``--share`` of its parameters; the
-last column is the truncated SVD in the same metric that stores as much. Errors are relative in H and in G ⊗ H.
+All networks of a layer have the same modes and bond dimension, the largest that stores ``--share`` of its parameters:
+plain TT-SVD, whitened, refined in G ⊗ H and in H, each from the better start in its metric; beside them the truncated
+SVD of as many bits in either metric. Then the same bits with rows and columns in a searched order, whose stored indices
+are counted, and for whole MLPs with their neurons in a searched order, which costs nothing. Errors are relative in H
+and in G ⊗ H.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import time
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from functools import partial
+from math import log2
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.run import machine
-from tnc import BitsPerWeight, LayerStats, Metric, MpoStage, load_stats
+from benchmarks.layerwise import STATS, WEIGHTS, Row, kind, load, measured, middle, parser, read
+from tnc import BitsPerWeight, LayerStats, Metric, MpoStage
+from tnc.decompose import InputPermutation, OutputPermutation, truncated_svd
 from tnc.decompose.rival import rival
-from tnc.models.hf import load_model
-from tnc.models.layers import select_layers, weight_of
-from tnc.networks import als, tt_svd
-from tnc.terms import Expression, dense64
+from tnc.decompose.transforms import Transformed
+from tnc.models.neurons import NAMES, neuron_order
+from tnc.networks import als, site_order, tt_svd
+from tnc.terms import Expression, Mpo, dense64
+
+FORMS = ("plain", "whitened", "als", "als in H", "svd", "svd in H")
+RIVALS = {"als": ("svd", 1), "als in H": ("svd in H", 0)}  # at the same bits, and the metric of both
 
 
-def layer_row(weight: Tensor, stats: LayerStats, share: float, cores: int, sweeps: int) -> dict[str, Any]:
+def layer_row(name: str, *, share: float, cores: int, sweeps: int, order: bool) -> Row:
     """Errors of one layer by form."""
-    bits = weight.element_size() * 8
+    weight, stats = WEIGHTS[name], STATS[name]
     full, price = Metric.full(stats), Metric.auto(stats)
-    stage = MpoStage(BitsPerWeight(share * bits), cores=cores)
+    stage = MpoStage(BitsPerWeight(16 * share), cores=cores)
     outs, ins = stage.modes((weight.shape[0], weight.shape[1]))
-    rank = stage.bond((weight.shape[0], weight.shape[1]), weight.dtype)
+    rank = stage.bond((weight.shape[0], weight.shape[1]), torch.float16)
     plain = tt_svd(weight, outs, ins, max_rank=rank)
     whitened = tt_svd(weight, outs, ins, max_rank=rank, metric=price)
-    starts = sorted((plain, whitened), key=lambda mpo: price.norm(weight.double() - dense64(mpo)))
     start = time.perf_counter()
-    refined = als(weight, starts[0], metric=price, sweeps=sweeps).mpo
+    refined = _refined(weight, (plain, whitened), price, sweeps)
     seconds = time.perf_counter() - start
-    in_h = als(weight, plain, metric=full, sweeps=sweeps).mpo
     other = rival(weight, refined, stats)
     assert other is not None
-    forms: dict[str, Expression] = {
-        "plain": plain, "whitened": whitened, "als": refined, "als in H": in_h, "svd": other,
-    }  # fmt: skip
-    errors = {
-        name: [metric.relative(weight.double() - dense64(form), weight.double()) for metric in (full, price)]
-        for name, form in forms.items()
-    }
-    return {"shape": list(weight.shape), "rank": rank, "errors": errors, "als_seconds": seconds}
+    in_h = _refined(weight, (plain, whitened), full, sweeps), truncated_svd(weight, other.rank, metric=full)
+    made = (plain, whitened, refined, in_h[0], other, in_h[1])
+    forms: dict[str, Expression] = dict(zip(FORMS, made, strict=True))
+    errors = {form: [_error(metric, weight, each) for metric in (full, price)] for form, each in forms.items()}
+    found = {"shape": list(weight.shape), "rank": rank, "errors": errors, "als_seconds": seconds}
+    return {**found, "ordered": _ordered(weight, stats, share, sweeps)} if order and cores == 2 else found
+
+
+def _refined(weight: Tensor, starts: tuple[Mpo, ...], metric: Metric, sweeps: int) -> Mpo:
+    return als(weight, min(starts, key=partial(_error, metric, weight)), metric=metric, sweeps=sweeps).mpo
+
+
+def _error(metric: Metric, weight: Tensor, form: Expression) -> float:
+    return metric.relative(weight.double() - dense64(form), weight.double())
+
+
+def _ordered(weight: Tensor, stats: LayerStats, share: float, sweeps: int) -> Row:
+    """The searched order of one layer: error of the search before and after, and what two cores then reach."""
+    shape, price = (weight.shape[0], weight.shape[1]), Metric.auto(stats)
+    stage = MpoStage(BitsPerWeight(16 * share))
+    modes, rank = stage.modes(shape), stage.bond(shape, torch.float16)
+    found = site_order(weight, rank, metric=price, modes=modes, rounds=3)
+    row = {"before": found.before, "after": found.after, "start": found.start}
+    if found.after >= found.before:
+        return row
+    moved = OutputPermutation(tuple(found.rows.tolist())).apply(weight, stats)
+    moved = InputPermutation(tuple(found.columns.tolist())).apply(moved.weight, moved.stats)
+    indices = sum(features * (8 if log2(features) <= 8 else 16) for features in shape)
+    return {**row, "error": _moved_error(moved, stage.bond(shape, torch.float16, spent=indices), sweeps)}
+
+
+def _moved_error(moved: Transformed, rank: int, sweeps: int) -> float:
+    """Relative error in G ⊗ H of two refined cores for a weight whose sites have moved."""
+    assert moved.stats is not None
+    weight, price = moved.weight, Metric.auto(moved.stats)
+    outs, ins = MpoStage(rank).modes((weight.shape[0], weight.shape[1]))
+    starts = tuple(tt_svd(weight, outs, ins, max_rank=rank, metric=metric) for metric in (None, price))
+    return _error(price, weight, _refined(weight, starts, price, sweeps))
+
+
+def mlp_row(name: str, *, share: float, sweeps: int) -> Row:
+    """The neurons of one MLP in a searched order; errors of its layers there."""
+    layers = [*NAMES[0], NAMES[1]]
+    size = BitsPerWeight(16 * share)
+    weights, stats = ({each: known[f"{name}.{each}"] for each in layers} for known in (WEIGHTS, STATS))
+    found = neuron_order(weights, stats, size)  # type: ignore[arg-type]
+    row: Row = {"before": found.before, "after": found.after, "start": found.start}
+    if found.after >= found.before:
+        return row
+    order, errors = tuple(found.rows.tolist()), {}
+    for each in layers:
+        move = InputPermutation(order) if each == NAMES[1] else OutputPermutation(order)
+        weight = weights[each]
+        rank = MpoStage(size).bond((weight.shape[0], weight.shape[1]), torch.float16)
+        errors[each] = _moved_error(move.apply(weight, stats[each]), rank, sweeps)  # type: ignore[arg-type]
+    return {**row, "errors": errors}
+
+
+def job(name: str, *, share: float, cores: int, sweeps: int, order: bool) -> Row:
+    """A layer, or a whole MLP, whose name ends in ``neurons``."""
+    if name.endswith(".neurons"):
+        return mlp_row(name.removesuffix(".neurons"), share=share, sweeps=sweeps)
+    return layer_row(name, share=share, cores=cores, sweeps=sweeps, order=order)
+
+
+def mlps() -> list[str]:
+    """Gated MLPs of the model."""
+    last = f".{NAMES[1]}"
+    return [f"{name.removesuffix(last)}.neurons" for name in WEIGHTS if name.endswith(last)]
+
+
+def tables(rows: Mapping[str, Row]) -> Iterator[str]:
+    """Markdown: errors by kind of layer, median / largest; how often refinement is above a start; the orders."""
+    layers = {name: row for name, row in rows.items() if not name.endswith(".neurons")}
+    for metric, index in (("H", 0), ("G ⊗ H", 1)):
+        yield f"\n| relative error in {metric}, median / largest | layers | bond | {' | '.join(FORMS)} |"
+        yield "| --- " * (len(FORMS) + 3) + "|"
+        for name in [*dict.fromkeys(map(kind, layers)), "all"]:
+            chosen = [row for each, row in layers.items() if name in (kind(each), "all")]
+            bonds = sorted({row["rank"] for row in chosen})
+            cells = [middle([row["errors"][form][index] for row in chosen]) for form in FORMS]
+            bond = f"{bonds[0]} to {bonds[-1]}" if len(bonds) > 1 else f"{bonds[0]}"
+            yield f"| {name} | {len(chosen)} | {bond} | {' | '.join(cells)} |"
+    for form, (rival_form, index) in RIVALS.items():
+        above = [
+            name for name, row in layers.items()
+            if row["errors"][form][index] > (1 + 1e-9) * min(row["errors"][f][index] for f in ("plain", "whitened"))
+        ]  # fmt: skip
+        below = sum(row["errors"][form][index] < row["errors"][rival_form][index] for row in layers.values())
+        yield f"\n{form}: above the better start in {len(above)} of {len(layers)} layers {above or ''}"
+        yield f"{form}: below the truncated SVD in the same metric in {below}"
+    yield from _order_table(layers, {name: row for name, row in rows.items() if name.endswith(".neurons")})
+
+
+def _order_table(layers: Mapping[str, Row], groups: Mapping[str, Row]) -> Iterator[str]:
+    own = {name: row for name, row in layers.items() if "ordered" in row}
+    yield "\n| order of | cases | better found | search, median change | refined error in G ⊗ H lower | median change |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    pairs = [(r["ordered"]["error"], r["errors"]["als"][1]) for r in own.values() if "error" in r["ordered"]]
+    yield _order_line("rows and columns, stored", [row["ordered"] for row in own.values()], pairs)
+    pairs = [
+        (error, layers[f"{name.removesuffix('neurons')}{each}"]["errors"]["als"][1])
+        for name, row in groups.items() for each, error in row.get("errors", {}).items()
+        if f"{name.removesuffix('neurons')}{each}" in layers
+    ]  # fmt: skip
+    yield _order_line("neurons of an MLP, free", list(groups.values()), pairs)
+
+
+def _order_line(name: str, rows: list[dict[str, Any]], pairs: list[tuple[float, float]]) -> str:
+    better = [row for row in rows if row["after"] < row["before"]]
+    search = statistics.median(row["after"] / row["before"] - 1 for row in better) if better else 0.0
+    lower = sum(a < b for a, b in pairs)
+    change = f"{100 * statistics.median(a / b - 1 for a, b in pairs):+.2f} %" if pairs else "–"
+    return (
+        f"| {name} | {len(rows)} | {len(better)} | {100 * search:+.2f} % | {lower} of {len(pairs)} layers | {change} |"
+    )
 
 
 def main() -> None:
-    """Measure the layers of a model and print means over them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("stats", type=Path)
-    parser.add_argument("--share", type=float, default=0.5)
-    parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--sweeps", type=int, default=2)
-    parser.add_argument("--every", type=int, default=1, help="take every so many-th block only")
-    parser.add_argument("--out", type=Path, default=Path("results/networks.json"))
-    arguments = parser.parse_args()
-    torch.set_grad_enabled(False)
-    stats, layers = load_stats(arguments.stats), select_layers(load_model(arguments.model))
-    rows: dict[str, Any] = {}
-    for name, layer in layers.items():
-        block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
-        if block % arguments.every:
-            continue
-        weight = weight_of(layer).detach()
-        rows[name] = layer_row(weight, stats[name], arguments.share, arguments.cores, arguments.sweeps)
-        line = "  ".join(f"{form} {h:.3f}/{gh:.3f}" for form, (h, gh) in rows[name]["errors"].items())
-        print(f"{name:<36} rank {rows[name]['rank']:<4} {line}", flush=True)
-    means = {
-        form: [sum(row["errors"][form][k] for row in rows.values()) / len(rows) for k in (0, 1)]
-        for form in next(iter(rows.values()))["errors"]
-    }
-    print(f"mean over {len(rows)} layers: " + "  ".join(f"{k} {a:.4f}/{b:.4f}" for k, (a, b) in means.items()))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "means": means, "rows": rows}, indent=2) + "\n")
+    """Measure what the file lacks and print the tables."""
+    arguments = _arguments()
+    if not arguments.table:
+        load(arguments)
+        what = partial(
+            job, share=arguments.share, cores=arguments.cores, sweeps=arguments.sweeps, order=arguments.orders
+        )  # fmt: skip
+        measured(arguments, [*WEIGHTS, *(mlps() if arguments.orders else [])], what)
+    print("\n".join(tables(read(arguments.out)["rows"])))
+
+
+def _arguments() -> argparse.Namespace:
+    found = parser(__doc__, "results/networks.json")
+    found.add_argument("--cores", type=int, default=2)
+    found.add_argument("--sweeps", type=int, default=2)
+    found.add_argument("--no-orders", dest="orders", action="store_false", help="leave the orders of sites out")
+    return found.parse_args()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.registry import Problem, case
 from tnc import FactoredLinear, Mpo, tt_svd
-from tnc.kernels.kept import SLOT
+from tnc.kernels.kept import KEPT
 from tnc.networks import balanced_modes, from_tensorly, site_modes
 from tnc.networks.modes import Modes
 from tnc.terms import dense64
@@ -94,7 +94,7 @@ def _forward(tokens: int, cores: int, rank: int, columns: int = 4096, rows: int 
     expected = x.double() @ dense64(operator).T
     dense = torch.nn.Linear(columns, rows, bias=False)
     dense.weight.data.copy_(operator.to_dense())
-    SLOT.release()  # that of the case before
+    KEPT.release()  # that of the case before
     planned = FactoredLinear(operator)
 
     def einsum() -> Tensor:

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnc import FactoredLinear
-from tnc.errors import BackendError
+from tnc.errors import BackendError, BudgetError
 from tnc.kernels import choose, mpo_prices
 from tnc.kernels.costs import Costs, costs_of
-from tnc.kernels.kept import SLOT, fingerprint
+from tnc.kernels.kept import KEPT, KeptWeights, fingerprint
 from tnc.kernels.mpo import plan_mpo
 from tnc.kernels.mpo_prices import candidates
 from tnc.kernels.mpo_ways import Keep, Path, Rebuild, Sweep
@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    SLOT.release()
+    KEPT.allow()
     yield
-    SLOT.release()
+    KEPT.allow()
 
 
 FEW = settings(max_examples=max(settings.default.max_examples // 4, 10))
@@ -86,7 +86,7 @@ def test_the_choice_depends_on_tokens_and_is_explained():
     assert "mpo: chosen" in text
     assert "up to 2 tokens: sweep" in text
     assert "no permutation" in text
-    assert "keeps the dense weight (one operator a process; others: sweep" in text
+    assert "keeps the dense weight where there is room (one a process by default), else sweep" in text
     assert "rebuilds the weight in blocks" in text
 
 
@@ -161,9 +161,9 @@ def test_a_kept_weight_computes_the_same_map(a, data):
     plan = keep_of(a, 3)
     x = torch.randn(3, a.shape[1], dtype=torch.float64)
     expected = x @ dense64(a).T
-    SLOT.release()
+    KEPT.release()
     for rebuild in (plan.rebuild, *(p for p in candidates(a, "", 3) if isinstance(p, Rebuild))):
-        SLOT.release()
+        KEPT.release()
         again = Keep(rebuild, plan.other, 0.0, 0.0)
         for _ in range(2):
             torch.testing.assert_close(
@@ -188,6 +188,55 @@ def test_one_weight_is_kept_and_used_again(monkeypatch):
     assert built == [first.rebuild]
     del tensors
     agrees(second, b, x)
+    assert built == [first.rebuild, second.rebuild]
+
+
+def asked(room, owner, gain, *, size=10, built=None):
+    """Whether a weight of ``size`` numbers is kept for an operator of one core; notes when it is built."""
+
+    def build():
+        if built is not None:
+            built.append(owner)
+        return torch.zeros(size)
+
+    return room.weight([owner], torch.float32, build, nbytes=4 * size, gain=gain) is not None
+
+
+def test_the_room_goes_to_the_first_and_then_to_what_gains_more():
+    room, built = KeptWeights(), []
+    a, b, c = (torch.full((2, 2), float(k)) for k in range(3))
+    assert asked(room, a, 1.0, built=built) and not asked(room, b, 1.2, built=built)
+    assert asked(room, b, 1.3, built=built) and not asked(room, a, 1.0, built=built)
+    assert asked(room, b, 0.1, built=built), "what a weight has gained once counts"
+    assert not asked(room, c, 1.5, built=built) and built == [a, b]
+    room.allow(weights=2)
+    assert asked(room, a, 1.0) and asked(room, b, 2.0) and asked(room, c, 1.5) and not asked(room, a, 1.0)
+    assert asked(room, b, 2.0) and asked(room, c, 1.5)
+    assert not asked(room, a, 3.0, size=2**26), "gains enough for one of them, not for all that would have to go"
+
+
+def test_the_room_is_counted_in_bytes_of_what_lives():
+    room = KeptWeights()
+    room.allow(weights=None, nbytes=100)
+    owners = [torch.full((2, 2), float(k)) for k in range(3)]
+    assert asked(room, owners[0], 1.0) and asked(room, owners[1], 1.0) and not asked(room, owners[2], 1.0)
+    del owners[0]
+    assert asked(room, owners[1], 1.0)
+    room.allow(weights=0)
+    assert not asked(room, owners[0], 1.0)
+    with pytest.raises(BudgetError, match=r"weights=-1, nbytes=5\); expected no negative number"):
+        room.allow(weights=-1, nbytes=5)
+
+
+def test_with_room_every_operator_keeps_its_weight(monkeypatch):
+    a, b = operator(24, 30, 3, 4), operator(20, 30, 2, 3)
+    x, built, original = torch.randn(5, 30), [], Rebuild.weight
+    monkeypatch.setattr(Rebuild, "weight", lambda self, *args: built.append(self) or original(self, *args))
+    first, second = keep_of(a, 5), keep_of(b, 5)
+    KEPT.allow(weights=None)
+    for _ in range(3):
+        agrees(first, a, x)
+        agrees(second, b, x)
     assert built == [first.rebuild, second.rebuild]
 
 

@@ -1,4 +1,4 @@
-"""The one rebuilt weight that a process keeps on CPU between calls."""
+"""The rebuilt weights that a process keeps on CPU between calls: one, unless the user gives room for more."""
 
 from __future__ import annotations
 
@@ -10,59 +10,114 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tnc.errors import BudgetError
+
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BETTER = 1.25  # times the gain of the weights that make way for another
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kept:
-    """A weight, whose it is, and the fingerprints of what it was made of."""
+    """A weight, whose it is, the fingerprints of what it was made of, and the most that a call gained by it."""
 
     owner: weakref.ref[Tensor]
     fingerprints: tuple[Tensor, ...]
     weight: Tensor
+    gain: float
+
+    @property
+    def bytes(self) -> int:
+        return self.weight.numel() * self.weight.itemsize
 
 
-class Slot:
-    """Room for one weight, held by the first operator that asks until its tensors are gone.
+class KeptWeights:
+    """Room for weights, given first to the operators that ask first, then to those that gain the most by it.
 
-    The weight is used again only while the tensors it was made of have the same `fingerprint`, so that an edit in
-    place is seen however it was done: torch counts versions, but not those of edits through ``.data``.
+    A weight makes way for another whose calls are predicted to gain at least 1.25 times as many seconds, never for one
+    of equal gain: a model whose layers are all alike keeps those that were called first, and rebuilds nothing twice. A
+    weight is used again only while the tensors it was made of have the same `fingerprint`, so that an edit in place is
+    seen however it was done: torch counts versions, but not those of edits through ``.data``. It goes when they go.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: _Kept | None = None
+        self._kept: list[_Kept] = []
+        self.allow()
 
-    def weight(self, factors: Sequence[Tensor], dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor | None:
-        """The weight of ``factors`` in ``dtype``, built where it is new or outdated; ``None`` where another is kept.
+    def allow(self, *, weights: int | None = 1, nbytes: int = 2**28) -> None:
+        """Say how much is kept from now on; what is kept already goes.
+
+        Args:
+            weights: most weights; ``None`` is as many as fit. 0 keeps none.
+            nbytes: most bytes of all of them together.
+
+        Raises:
+            BudgetError: for negative numbers.
+        """
+        if nbytes < 0 or (weights is not None and weights < 0):
+            raise BudgetError(f"KEPT.allow(weights={weights}, nbytes={nbytes}); expected no negative number.")
+        with self._lock:
+            self._weights, self._bytes, self._kept = weights, nbytes, []
+
+    def weight(
+        self, factors: Sequence[Tensor], dtype: torch.dtype, build: Callable[[], Tensor], *, nbytes: int, gain: float
+    ) -> Tensor | None:
+        """The weight of ``factors`` in ``dtype``, built where it is new or outdated; ``None`` where it has no room.
 
         Args:
             factors: CPU tensors; the first one stands for the operator.
             dtype: of the weight.
             build: makes it.
+            nbytes: of the weight.
+            gain: seconds that a call is predicted to gain by it.
         """
         with self._lock:
-            owner = None if self._kept is None else self._kept.owner()
-            if owner is not None and owner is not factors[0] and owner.device.type == "cpu":
+            self._kept = [each for each in self._kept if _lives(each)]
+            found = tuple(fingerprint(factor) for factor in factors) if self._held(factors) else None
+            for each in self._held(factors):
+                if found is not None and each.weight.dtype == dtype and _same(each.fingerprints, found):
+                    each.gain = max(each.gain, gain)
+                    return each.weight
+                self._kept.remove(each)  # the old weight goes before the new one comes
+            if not self._make_room(nbytes, gain):
                 return None
-            found = tuple(fingerprint(factor) for factor in factors)
-            kept = self._kept if owner is factors[0] else None
-            if kept is not None and kept.weight.dtype == dtype and _same(kept.fingerprints, found):
-                return kept.weight
-            self._kept = kept = None  # the old weight goes before the new one comes
             with torch.no_grad():
                 weight = build()
-            self._kept = _Kept(weakref.ref(factors[0]), found, weight)
+            found = tuple(fingerprint(factor) for factor in factors) if found is None else found
+            self._kept.append(_Kept(weakref.ref(factors[0]), found, weight, gain))
             return weight
 
     def release(self) -> None:
-        """Forget the weight."""
+        """Forget the weights; the room for them stays."""
         with self._lock:
-            self._kept = None
+            self._kept = []
+
+    def _held(self, factors: Sequence[Tensor]) -> list[_Kept]:
+        return [each for each in self._kept if each.owner() is factors[0]]
+
+    def _make_room(self, nbytes: int, gain: float) -> bool:
+        """Whether a weight has room, after those of least gain have made way where that is better."""
+        rest = sorted(self._kept, key=lambda each: each.gain)
+        lost = 0.0
+        while not self._fits(rest, nbytes):
+            if not rest or gain < _BETTER * (lost := lost + rest[0].gain):
+                return False
+            rest = rest[1:]
+        self._kept = rest
+        return True
+
+    def _fits(self, kept: Sequence[_Kept], nbytes: int) -> bool:
+        room = sum(each.bytes for each in kept) + nbytes <= self._bytes
+        return room and (self._weights is None or len(kept) < self._weights)
 
 
-SLOT = Slot()
-"""That of this process."""
+KEPT = KeptWeights()
+"""Those of this process."""
+
+
+def _lives(kept: _Kept) -> bool:
+    owner = kept.owner()
+    return owner is not None and owner.device.type == "cpu"
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ priced with a few measured constants of the device (`tnc.kernels.costs`):
   that each step multiplies with, so no step permutes anything.
 - *path*: the order of fewest FLOPs, as the ``einsum`` kernel runs it.
 - *rebuild*: a block of rows of the dense weight at a time, rebuilt, used and dropped.
-- *keep*, on CPU: the dense weight rebuilt once and kept. A process keeps no more than one.
+- *keep*, on CPU: the dense weight rebuilt once and kept. A process keeps one, or what the user gives room for.
 """
 
 from __future__ import annotations

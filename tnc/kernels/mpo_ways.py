@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from tnc.kernels.einsum import Plan
-from tnc.kernels.kept import SLOT
+from tnc.kernels.kept import KEPT
 from tnc.kernels.table import Tensors
 
 
@@ -162,7 +162,7 @@ class Path:
 class Keep:
     """One multiplication by the dense weight, which stays in memory from the first call on.
 
-    A process keeps one weight (`tnc.kernels.kept`), that of the first operator that asks. For every other operator,
+    A process keeps one weight unless the user gives room for more (`tnc.kernels.kept`). For operators without room,
     where the cores are trained, and in a compiled graph, ``other`` runs.
 
     Attributes:
@@ -182,12 +182,15 @@ class Keep:
         cores = [tensors[name] for name in self.rebuild.names]
         if torch.compiler.is_compiling() or not all(map(_constant, cores)):
             return self.other(x, tensors)
-        weight = SLOT.weight(cores, x.dtype, lambda: self.rebuild.weight(tensors, x.dtype))
+        weight = KEPT.weight(
+            cores, x.dtype, lambda: self.rebuild.weight(tensors, x.dtype),
+            nbytes=prod(self.rebuild.features) * x.dtype.itemsize, gain=self.other.seconds - self.seconds,
+        )  # fmt: skip
         return self.other(x, tensors) if weight is None else linear(x, weight)
 
     def describe(self) -> str:
         """What is kept, and what runs where it is not."""
-        return f"keeps the dense weight (one operator a process; others: {self.other.describe()})"
+        return f"keeps the dense weight where there is room (one a process by default), else {self.other.describe()}"
 
 
 def _constant(core: Tensor) -> bool:
