@@ -144,6 +144,7 @@ def _run_seed(
         for at, made in shop.made([plan for *_, plan in todo]):
             kind, budget, plan = todo[at]
             options = Counter(layer.choice.describe() for layer in plan.layers.values())
+            assert sum(each.bits for each in made.values()) == plan.storage_bits, "curves count what is stored"
             scores = start.scores({layer: each.matrix for layer, each in made.items()})
             found["rows"].append({
                 "model": name, "seed": seed, "kind": kind, "budget": budget, "lower_bound": plan.lower_bound,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,9 +103,9 @@ class Workshop:
         described = self.portfolio.to_json()["bases"][base]
         return digest([json.dumps(described, sort_keys=True), self.weights[layer], *marks])
 
-    def known(self, layer: str) -> dict[str, Expression]:
-        """The fitted bases of a layer."""
-        records = {name: self.fitted.find(self.key(layer, name)) for name in self.portfolio.bases}
+    def known(self, layer: str, bases: Iterable[str]) -> dict[str, Expression]:
+        """The fitted ones of some bases of a layer."""
+        records = {name: self.fitted.find(self.key(layer, name)) for name in bases}
         return {name: record.operator for name, record in records.items() if record is not None}
 
     def _bases(self) -> list[tuple[str, str]]:
@@ -157,7 +157,7 @@ def _fit(pair: tuple[str, str]) -> None:
 
 def _fits(layer: str) -> LayerFits:
     shop = _WORK["workshop"]
-    known = shop.known(layer)
+    known = shop.known(layer, shop.portfolio.bases)
     return fit_bases(shop.weights[layer], shop.stats[layer], shop.portfolio, dtype=shop.dtype, known=known)
 
 
@@ -179,7 +179,7 @@ def _make(part: _Part) -> tuple[_Part, list[tuple[str, int, float, float, Any]]]
     if choice.shared:
         found = decompose_shared(weights, recipe.stages, stats)
     else:
-        term = shop.known(names[0]).get(choice.base)
+        term = shop.known(names[0], [choice.base]).get(choice.base)
         stages = recipe.stages if term is None else (GivenStage(term), *recipe.stages[1:])
         found = [decompose_by(weights[0], replace(recipe, stages=stages), stats[0])]
     rows = []

@@ -136,9 +136,11 @@ def _rebuild(notes: Mapping[str, str], columns: Mapping[str, list[list[float]]])
     fields = json.loads(notes["fields"])
     portfolio = Portfolio.from_json(fields["portfolio"])
     bases, factors = list(portfolio.bases), _factor_names(portfolio)
+    known: dict[Choice, Choice] = {}  # most layers have the same ones
     by_layer: list[dict[tuple[str, str, bool], list[Option]]] = [{} for _ in fields["layers"]]
     for (at, base, factor, rank, shared, bits), measures in zip(columns["options"], columns["measures"], strict=True):
         choice = Choice(bases[int(base)], int(rank), factors[int(factor)], bool(shared))
+        choice = known.setdefault(choice, choice)
         option = Option(choice, int(bits), *measures)
         by_layer[int(at)].setdefault((choice.base, choice.factors, choice.shared), []).append(option)
     layers = {

@@ -22,7 +22,7 @@ from tnc.stats import LayerStats
 from tnc.terms import Expression, LowRank, Sum, dense64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # of large models there are millions
 class Option:
     """One choice of one layer, measured on the tensors as stored.
 

@@ -31,7 +31,7 @@ NONE = "none"
 PLAIN = "16"  # factors in the dtype of the model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """What one layer becomes.
 
