@@ -49,6 +49,19 @@ def test_a_portfolio_needs_no_plain_factors(tmp_path):
     assert alone == {o.choice.base: o.bits for o in whole.options if not o.choice.rank}
 
 
+def test_coarse_bases_without_factors_do_not_bound_the_ranks_of_others():
+    weight, stats = problem(16, 24, 0)
+    coarse = Base(QuantizeStage(IntFormat(2), method="rtn"), compensated=False)
+    found = measure_curves(weight, stats, dataclasses.replace(PORTFOLIO, bases={**BASES, "coarse": coarse}))
+    without = measure_curves(weight, stats, PORTFOLIO)
+    assert [o for o in found.options if o.choice.base != "coarse"] == list(without.options)
+    exact = Base(QuantizeStage(IntFormat(8)), compensated=False)
+    bounded = measure_curves(weight, stats, dataclasses.replace(PORTFOLIO, bases={**BASES, "exact": exact}))
+    limit = next(o.bits for o in bounded.options if o.choice.base == "exact")
+    assert max(o.bits for o in bounded.options if o.choice.rank) < limit
+    assert max(o.bits for o in without.options if o.choice.rank) >= limit
+
+
 def decomposed(weight, choice, stats):
     built = PORTFOLIO.recipe(choice)
     return decompose(weight, built.stages, stats, transforms=built.transforms).report

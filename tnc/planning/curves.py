@@ -89,7 +89,7 @@ def measure_curves(
         weight: (out_features, in_features), any float dtype.
         stats: its calibration statistics.
         portfolio: what is tried. A base that does not fit the shape is left out with a note. A low-rank term that
-            stores as much as the smallest base without one (int8, or dense) is not tried.
+            stores as much as the smallest near exact base (int8, or dense) is not tried.
         dtype: of plain factors and dense layers; ``None`` is that of the weight.
 
     Raises:
@@ -107,16 +107,13 @@ def curves_of(fits: LayerFits) -> LayerCurves:
     for name in sorted(fits.bases, key=lambda base: portfolio.bases[base].compensated):
         base = fits.bases[name]
         if not portfolio.bases[name].compensated:
-            curves.append(ErrorCurve(name, PLAIN, (_option(base.ruler, Choice(name), base.term),)))
+            option = Option(Choice(name), base.ruler.wrap(base.term).storage_bits, *base.errors)
+            curves.append(ErrorCurve(name, PLAIN, (option,)))
             continue
         bases = _Compensated(fits, name, base)
         found = {PLAIN: bases.plain()} | {f: bases.rounded(f) for f in portfolio.rounded}
         curves += [ErrorCurve(name, factors, options) for factors, options in found.items() if options]
     return LayerCurves((fits.weight.shape[0], fits.weight.shape[1]), tuple(curves), fits.notes)
-
-
-def _option(ruler: Ruler, choice: Choice, operator: Expression) -> Option:
-    return Option(choice, ruler.wrap(operator).storage_bits, *ruler.errors(ruler.weight - dense64(operator)))
 
 
 @dataclass(frozen=True, eq=False)
