@@ -90,6 +90,7 @@ def test_plans_and_their_layers_are_measured_on_text(folder):
     assert all(layer["measured"] > 0 for layer in layers.values())
     page = (folder / "alone" / "index.html").read_text()
     assert "sum of the layers measured alone" in page
+    assert "sum of the blocks measured alone" in page
     assert "<th>measured alone</th><th>over nats</th>" in page
     assert (folder / "alone" / "plan.png").stat().st_size > (folder / "report" / "plan.png").stat().st_size
 

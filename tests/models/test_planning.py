@@ -172,6 +172,8 @@ def test_layers_measured_alone_are_models_with_one_layer_compressed(calibrated, 
         assert found.layers[name].measured == pytest.approx(scored, rel=1e-3, abs=1e-9)
     blocks = [tuple(name for name in plan.layers if f"layers.{at}." in name) for at in (0, 1)]
     together = scores_alone(model, small, [*blocks, plan.names, ()], windows)
+    assert found.measured["blocks_alone"] == pytest.approx(sum(together[:2]), abs=1e-9)
+    assert found.measured["layers_alone"] == pytest.approx(sum(layer.measured for layer in found.layers.values()))
     assert together[2:] == [pytest.approx(whole, abs=1e-9), 0.0]
     assert min(together[:2]) > 0
     assert isinstance(model.get_submodule(name), torch.nn.Linear)  # the model itself stays dense

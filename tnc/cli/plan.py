@@ -203,5 +203,8 @@ def _print_plan(found: Plan) -> None:
     console.say(f"no choice is better than {found.lower_bound:.6g}; this one is {found.value:.6g}")
     if found.measured is not None:
         console.say(f"measured KL {found.measured['kl']:.5g}, loss {found.measured['delta_nats']:+.5g} nats")
+        if "blocks_alone" in found.measured:
+            layers, blocks = found.measured["layers_alone"], found.measured["blocks_alone"]
+            console.say(f"the layers alone add up to {layers:.5g} nats, the blocks alone to {blocks:.5g}")
     for note in found.notes:
         console.say(f"  {note}")

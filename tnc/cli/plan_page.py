@@ -60,9 +60,9 @@ def _facts(plan: Plan) -> dict[str, str]:
         facts["measured KL, nats a token"] = f"{plan.measured['kl']:.5g} ± {plan.measured['kl_error'] or 0:.2g}"
         facts["measured increase of the loss"] = f"{plan.measured['delta_nats']:+.5g} nats"
         facts["perplexity"] = f"{plan.measured['perplexity']:.4f}"
-    alone = [layer.measured for layer in plan.layers.values() if layer.measured is not None]
-    if alone:
-        facts["sum of the layers measured alone"] = f"{sum(alone):.5g} nats a token"
+        for what in ("layers", "blocks"):
+            if f"{what}_alone" in plan.measured:
+                facts[f"sum of the {what} measured alone"] = f"{plan.measured[f'{what}_alone']:.5g} nats a token"
     return {**facts, **{f"note {at + 1}": note for at, note in enumerate(plan.notes)}}
 
 

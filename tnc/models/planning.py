@@ -150,13 +150,15 @@ def measure_plan(
         plan: of this model.
         windows: held-out token windows.
         dtype: of plain factors and dense layers; ``None`` is that of the weights.
-        alone: score each layer compressed alone, too, to hold against its prediction.
+        alone: score each layer compressed alone, too, to hold against its prediction, and each block: ``measured``
+            then has their sums, ``layers_alone`` and ``blocks_alone``. What the second has above the first is between
+            the layers of a block, what the whole has above the second is between blocks.
         progress: called with (stage, done, total).
 
     Raises:
         ModelError, StatsError, TextError: as `tnc.compress` and `tnc.evaluate`.
 
-    Cost: one compression and one pass over the windows; with ``alone`` a pass a layer.
+    Cost: one compression and one pass over the windows; with ``alone`` a pass a layer and a block.
     """
     texts = list(windows)
     small = compress(model, plan, stats=stats, dtype=dtype, progress=progress)
@@ -165,9 +167,20 @@ def measure_plan(
     found = replace(plan, measured=scores.to_json(), scale=_scale(scores, plain))
     if not alone:
         return found
-    each = scores_alone(model, small, [(name,) for name in plan.layers], texts, progress=progress)
-    layers = {name: replace(layer, measured=kl) for (name, layer), kl in zip(plan.layers.items(), each, strict=True)}
-    return replace(found, layers=layers)
+    groups = [*((name,) for name in plan.layers), *_blocks(plan.layers)]
+    each = scores_alone(model, small, groups, texts, progress=progress)
+    layers = {name: replace(layer, measured=kl) for (name, layer), kl in zip(plan.layers.items(), each, strict=False)}
+    sums = {"layers_alone": sum(each[: len(layers)]), "blocks_alone": sum(each[len(layers) :])}
+    return replace(found, layers=layers, measured=scores.to_json() | sums)
+
+
+def _blocks(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Layers of one block: those whose names have the same first number."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        number = next((part for part in name.split(".") if part.isdigit()), name)
+        found.setdefault(number, []).append(name)
+    return [tuple(block) for block in found.values()]
 
 
 @dataclass(frozen=True, eq=False)
