@@ -30,7 +30,7 @@ MODES = [
     ((4, 4, 4), (4, 4, 4), 8, 8),
     ((1, 1, 1), (1, 1, 1), 1, 1),
     ((17, 2, 3), (2, 17, 1), 1, 17),
-    ((2, 5, 17), (1, 2, 18), 33, 2),
+    ((2, 3, 17), (1, 2, 18), 9, 2),
 ]
 
 
@@ -51,6 +51,19 @@ def test_every_tile_gives_the_same(tile):
     x = inputs(5, 105, HALF)
     exact = x.double() @ case.matrix.T
     assert (row.launched(x, *case.operator.cores, tile).double() - exact).norm() <= 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("tile", [
+    {"bonds": 1, "tokens_a_step": 1, "steps": 1, "warps": 4, "stages": 1},
+    {"bonds": 8, "tokens_a_step": 4, "steps": 1, "warps": 4, "stages": 1},
+    {"bonds": 4, "tokens_a_step": 2, "steps": 4, "warps": 4, "stages": 1},
+], ids=["small", "no slices", "steps"])  # fmt: skip
+@pytest.mark.parametrize("modes", [((3, 2, 4), (7, 3, 5), 6, 4), ((2, 3, 16), (5, 16, 16), 5, 3)])
+def test_every_tile_of_merged_cores_gives_the_same(modes, tile):
+    case = mpo(*modes)
+    x = inputs(5, case.operator.shape[1], HALF)
+    exact = x.double() @ case.matrix.T
+    assert (row.merged(x, *case.operator.cores, tile).double() - exact).norm() <= 2e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

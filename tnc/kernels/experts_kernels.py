@@ -67,13 +67,10 @@ def route(index, order, tiles, P, EXPERTS, TILES, BM, RANKED: tl.constexpr, PB: 
 
 
 @triton.jit
-def gathered(order, tiles, tile, TILES, BM: tl.constexpr):
-    """Expert, first position, pairs (BM,) and which of them are there, of a tile that exists."""
-    start = tl.load(tiles + TILES + tile)
-    stop = tl.load(tiles + 2 * TILES + tile)
+def gathered(order, start, stop, BM: tl.constexpr):
+    """Pairs (BM,) of a tile that is there, and which of them are real."""
     at = start + tl.arange(0, BM)
-    pair = tl.load(order + tl.minimum(at, stop - 1))
-    return start, pair, at < stop
+    return tl.load(order + tl.minimum(at, stop - 1)), at < stop
 
 
 @triton.jit
@@ -181,8 +178,10 @@ def experts_tile(x, low, high, groups, left, right, firsts, gain, levels, order,
     if pid < producers:
         tile = pid // (RANKS * KS)
         e = tl.load(tiles + tile)
+        start = tl.load(tiles + TILES + tile)
+        stop = tl.load(tiles + 2 * TILES + tile)
         if (e >= 0) & (e < EXPERTS):
-            _, pair, real = gathered(order, tiles, tile, TILES, BM)
+            pair, real = gathered(order, start, stop, BM)
             begin = tl.load(firsts + e)
             rank = tl.load(firsts + e + 1) - begin
             produce_gathered(x, right + begin.to(tl.int64) * K, t + tile.to(tl.int64) * (BM * RK),
@@ -193,8 +192,10 @@ def experts_tile(x, low, high, groups, left, right, firsts, gain, levels, order,
         block = (pid - producers) // TILES // SK
         split = (pid - producers) // TILES % SK
         e = tl.load(tiles + tile)
+        start = tl.load(tiles + TILES + tile)
+        stop = tl.load(tiles + 2 * TILES + tile)
         if e >= 0:
-            start, pair, real = gathered(order, tiles, tile, TILES, BM)
+            pair, real = gathered(order, start, stop, BM)
             column = block * BN + tl.arange(0, BN)
             safe = tl.minimum(column, N - 1)
             wide = tl.cast(N, tl.int64)
@@ -216,16 +217,18 @@ def experts_tile(x, low, high, groups, left, right, firsts, gain, levels, order,
                     acc *= tl.load(gain + e)
                 if RK > 0:
                     if split == SK - 1:
-                        fine = handed_over(counters + tile * (2 + RANKS), RANKS, blocks)
                         begin = tl.load(firsts + e)
                         rank = tl.load(firsts + e + 1) - begin
-                        factor = left + begin * wide
+                        factor = left + begin * wide + safe.to(tl.int64)[None, :] * rank
+                        r = tl.arange(0, RB)[:, None]
+                        b = tl.load(factor + r, mask=r < rank, other=0.0)  # on its way while t is waited for
+                        fine = handed_over(counters + tile * (2 + RANKS), RANKS, blocks)
                         inner = t + tile.to(tl.int64) * (BM * RK) + tl.arange(0, BM)[:, None] * RK
-                        for r0 in tl.static_range(0, RK, RB):
-                            r = r0 + tl.arange(0, RB)
-                            b = tl.load(factor + safe.to(tl.int64)[None, :] * rank + r[:, None],
-                                        mask=(r < rank)[:, None], other=0.0)  # fmt: skip
-                            a = tl.load(inner + r[None, :], volatile=True)
+                        a = tl.load(inner + tl.arange(0, RB)[None, :], volatile=True)
+                        acc = dot_apart(a, b.to(a.dtype), acc, F32)
+                        for r0 in tl.static_range(RB, RK, RB):
+                            b = tl.load(factor + r0 + r, mask=r0 + r < rank, other=0.0)
+                            a = tl.load(inner + r0 + tl.arange(0, RB)[None, :], volatile=True)
                             acc = dot_apart(a, b.to(a.dtype), acc, F32)
                         acc = tl.where(fine, acc, float("nan"))
                 if SK == 1:
