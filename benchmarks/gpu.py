@@ -3,7 +3,7 @@
 A row is captured ``R`` times over ``R`` weight sets of together 300 MB, so weights come from memory and x from L2; the
 time is the median of 15 replays, L2 flushed before each, over R. Gaps between launches are included.
 
-python -m benchmarks.gpu [--out results/gpu.json] [--only qlr]
+python -m benchmarks.gpu [--out results/gpu.json] [--only dense qlr]
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from torch.nn.functional import linear
 from benchmarks.gpu_clock import replayed
 from benchmarks.gpu_decoder import decoders
 from tnc.kernels import low_rank as low_rank_row
+from tnc.kernels import mpo as mpo_row
 from tnc.kernels import mpo2 as mpo2_row
+from tnc.kernels import mpo3 as mpo3_row
 from tnc.kernels.qlr_launch import Packed
 from tnc.kernels.qlr_ops import dense, run
 from tnc.kernels.words import group_words, unit_of
+from tnc.terms import Mpo
 
 BRAIN = torch.bfloat16
 TOTAL = 300e6  # bytes of all weight sets
@@ -174,21 +177,44 @@ def mpo_rows() -> list[Row]:
     return rows
 
 
-GROUPS = {"dense": dense_rows, "qlr": qlr_rows, "unfused": unfused_rows, "low_rank": low_rank_rows, "mpo": mpo_rows}
+def mpo3_rows() -> list[Row]:
+    """Three cores, fused, as the planned ways do, and by torch's einsum."""
+    rows = []
+    shapes = ((1, 16, 16, 32), (32, 16, 16, 32), (32, 16, 16, 1))
+    sets: list[tuple[Tensor, ...]] = [tuple(normal(*s, scale=(s[0] * 16) ** -0.5) for s in shapes) for _ in range(64)]
+    operator = Mpo(sets[0])
+    weight, planned, names = operator.to_dense().double(), mpo_row.bind(operator), tuple(operator.tensors())
+    for tokens in (1, 4, 16, 64, 256):
+        x = normal(tokens, 4096)
+        exact, some = x.double() @ weight.T, sets if tokens <= 16 else sets[:16]
+        fused = lambda s, x=x: mpo3_row.mpo3(x, *s)  # noqa: E731
+        apart = lambda s, x=x: planned(x, dict(zip(names, s, strict=True)))  # noqa: E731
+        plain = lambda s, x=x: torch.einsum(  # noqa: E731
+            "tijk,aoib,bpjc,cqkd->topq", x.unflatten(1, (16, 16, 16)), *s
+        ).flatten(1)
+        for name, launch in (("", fused), (", planned", apart), (", einsum", plain)):
+            rows.append(Row(f"mpo, 3 cores of bond 32{name}", "4096->4096", tokens, some, launch, exact))
+    return rows
+
+
+GROUPS = {
+    "dense": dense_rows, "qlr": qlr_rows, "unfused": unfused_rows, "low_rank": low_rank_rows, "mpo": mpo_rows,
+    "mpo3": mpo3_rows,
+}  # fmt: skip
 
 
 def main() -> None:
     """Run, print and store every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
-    parser.add_argument("--only", choices=[*GROUPS, "decoder"])
+    parser.add_argument("--only", nargs="*", choices=[*GROUPS, "decoder"], default=[*GROUPS, "decoder"])
     arguments = parser.parse_args()
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     print(json.dumps(machine))
     found = []
     torch.manual_seed(0)
     for name, make in GROUPS.items():
-        if arguments.only in (None, name):
+        if name in arguments.only:
             for row in make():
                 wrong = error(row)
                 time = microseconds(row) if wrong < 1e-2 else None
@@ -198,7 +224,7 @@ def main() -> None:
                 shown = "no time: wrong" if time is None else f"{time:9.2f} us"
                 print(f"{row.kernel:<34}{row.shape:<14}{row.tokens:>5} {shown}  error {wrong:.1e}", flush=True)
             torch.cuda.empty_cache()
-    if arguments.only in (None, "decoder"):
+    if "decoder" in arguments.only:
         for each in decoders():
             found.append(each)
             print(each, flush=True)

@@ -10,7 +10,7 @@ from kernels.triton_cases import DEVICE, ROUNDING, inputs, q_plus_lr, rounded
 from tnc.formats import number_format
 from tnc.kernels import experts as row
 from tnc.kernels import qlr
-from tnc.kernels.experts_launch import Stacked, launched, worst_tiles
+from tnc.kernels.experts_launch import Stacked, launched, launched_apart, worst_tiles
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -118,6 +118,35 @@ def test_every_tile_gives_the_same(tile, block):
     assert ((y - exact).norm(dim=-1) <= 2e-3 * exact.norm(dim=-1)).all()
 
 
+@pytest.mark.parametrize("tile", [
+    {"rows": 8, "warps": 1, "ranks": 4, "programs": 1}, {"rows": 4, "warps": 2, "ranks": 8, "programs": 4},
+], ids=["walk", "blocks"])  # fmt: skip
+@pytest.mark.parametrize(("rows", "columns", "group", "ranks"), [
+    (37, 128, 64, (9, 0, 16)), (1, 32, 32, (1, 2)), (8, 200, None, (0, 0)), (20, 2048, 256, (130, 1, 0)),
+])  # fmt: skip
+def test_pairs_by_themselves(rows, columns, group, ranks, tile):
+    cases, stacked = some(ranks, rows=rows, columns=columns, group=group)
+    index, x = drawn(6, len(ranks), outside=1), inputs(3, columns, HALF)
+    y, exact = launched_apart(x, index, stacked, tile).double(), expected(cases, x, index)
+    assert ((y - exact).norm(dim=-1) <= 2e-3 * exact.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_formats_of_pairs_by_themselves(bits):
+    cases, stacked = some((3, 8) * 8, rows=19, columns=320, bits=bits)
+    assert row.run_apart(8, 16)
+    order, tiles = row.route(drawn(8, 16), 16)
+    assert order.numel() == tiles.numel() == 0
+    check(cases, stacked, inputs(4, 320, HALF), drawn(8, 16, outside=1))
+
+
+def test_tables_of_pairs_by_themselves():
+    for name in ("nf4", "nvfp4"):
+        format = number_format(name, **({} if "fp4" in name else {"group_size": 64}))
+        cases = [rounded(19, 128, format, rank=4, seed=s) for s in range(4)]
+        check(cases, Stacked.of([packed(case) for case in cases]), inputs(1, 128, HALF), drawn(2, 4))
+
+
 def test_a_permutation_of_tokens_permutes_the_answer():
     _, stacked = some()
     index, x = drawn(48, 3).reshape(24, 2), inputs(24, 128, HALF)
@@ -127,7 +156,7 @@ def test_a_permutation_of_tokens_permutes_the_answer():
     assert torch.equal(answer(stacked, x[order], index[order].flatten()).reshape(24, 2, -1), y[order])
 
 
-@pytest.mark.parametrize(("pairs", "experts"), [(1, 1), (8, 128), (37, 5), (64, 3), (300, 2)])
+@pytest.mark.parametrize(("pairs", "experts"), [(1, 1), (40, 128), (37, 5), (64, 3), (300, 2)])
 def test_pairs_are_ordered_as_a_stable_sort_does(pairs, experts):
     index = drawn(pairs, experts, outside=2)
     order, tiles = row.route(index, experts)

@@ -30,7 +30,7 @@ MODES = [
     ((4, 4, 4), (4, 4, 4), 8, 8),
     ((1, 1, 1), (1, 1, 1), 1, 1),
     ((17, 2, 3), (2, 17, 1), 1, 17),
-    ((2, 5, 17), (1, 2, 18), 33, 2),
+    ((2, 3, 17), (1, 2, 18), 9, 2),
 ]
 
 
@@ -42,13 +42,14 @@ def test_modes(modes, tokens):
 
 
 @pytest.mark.parametrize("tile", [
-    {"outputs": 1, "slices": 16, "tokens_a_program": 1, "warps": 4, "stages": 1},
-    {"outputs": 2, "slices": 1, "tokens_a_program": 16, "warps": 4, "stages": 1},
-    {"outputs": 4, "slices": 3, "tokens_a_program": 2, "warps": 4, "stages": 1},
-], ids=["one token", "no slices", "several"])  # fmt: skip
-def test_every_tile_gives_the_same(tile):
-    case = mpo((3, 5, 4), (7, 3, 5), 6, 4)
-    x = inputs(5, 105, HALF)
+    {"bonds": 1, "tokens_a_step": 1, "steps": 1, "warps": 4, "stages": 1},
+    {"bonds": 8, "tokens_a_step": 4, "steps": 1, "warps": 4, "stages": 1},
+    {"bonds": 4, "tokens_a_step": 2, "steps": 4, "warps": 4, "stages": 1},
+], ids=["small", "no slices", "steps"])  # fmt: skip
+@pytest.mark.parametrize("modes", [((3, 2, 4), (7, 3, 5), 6, 4), ((2, 3, 16), (5, 16, 16), 5, 3)])
+def test_every_tile_gives_the_same(modes, tile):
+    case = mpo(*modes)
+    x = inputs(5, case.operator.shape[1], HALF)
     exact = x.double() @ case.matrix.T
     assert (row.launched(x, *case.operator.cores, tile).double() - exact).norm() <= 2e-3 * exact.norm()
 
@@ -58,7 +59,8 @@ def test_dtypes(dtype):
     check(row, mpo((5, 3, 2), (3, 7, 6), 4, 3, dtype=dtype), inputs(3, 126, dtype))
 
 
-def test_more_tokens_and_a_token_among_others():
+def test_more_tokens_and_a_token_among_others(monkeypatch):
+    monkeypatch.setattr(row, "FUSED_TOKENS", 6)
     case = mpo((3, 2, 5), (2, 3, 4), 3, 5)
     x = inputs(row.FUSED_TOKENS + 1, 24, HALF)
     y = check(row, case, x)
@@ -100,8 +102,11 @@ def test_what_it_does_not_run_is_said():
         "modes (2, 33, 2, 1, 1, 1) do not all lie between 1 and 32": mpo((2, 33, 2), (1, 1, 1), 1, 1).operator,
         "bonds 65, 1 do not both lie between 1 and 64": mpo((1, 1, 1), (1, 1, 1), 65, 1).operator,
         "bonds 0, 1 do not both lie between 1 and 64": mpo((1, 1, 1), (1, 1, 1), 0, 1).operator,
-        "the last output mode times its bond pads to 2048, above 1024": mpo((1, 1, 32), (1, 1, 1), 1, 33).operator,
+        "o3 i2 i3 pad to 32768, above 16384: cores 2 and 3, merged, do not fit a program": mpo(
+            (1, 1, 17), (1, 17, 17), 1, 1
+        ).operator,
     }
     for reason, operator in reasons.items():
         assert row.refusal(operator) == reason
+    assert row.refusal(mpo((28, 32, 16), (16, 16, 16), 32, 64).operator) is None
     assert row.refusal(mpo((16, 16, 16), (16, 16, 16), 32, 32).operator) is None

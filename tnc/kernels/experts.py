@@ -17,13 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from tnc.kernels.experts_launch import Stacked, grouped, order_pairs, summed, worst_tiles
+from tnc.kernels.experts_launch import Stacked, apart, grouped, order_pairs, summed, worst_tiles
 from tnc.kernels.launch import INTERPRETED
 from tnc.kernels.qlr_launch import Packed
 from tnc.kernels.qlr_ops import dense
 
 SMALL, LARGE = 16, 32  # pairs a tile holds
 _SMALL_TO = 8  # pairs an expert up to which tiles are small
+APART_PAIRS = 16  # pairs up to which each may run by itself
+
+
+def run_apart(pairs: int, experts: int) -> bool:
+    """Whether each pair runs by itself: few pairs, and so few that they hardly share experts."""
+    return pairs <= APART_PAIRS and 2 * pairs <= experts
 
 
 def tile_pairs(pairs: int, experts: int) -> int:
@@ -42,8 +48,11 @@ def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     Returns:
         int32 ``order`` (pairs,), stable, pairs of no expert last; int32 ``tiles`` (3, tiles): expert (``experts`` for
         none, -1 for a tile that is not there, whose other numbers mean nothing), first position in ``order`` and the
-        one after the last. A tile holds `tile_pairs`, and there are as many as the worst routing needs.
+        one after the last. A tile holds `tile_pairs`, and there are as many as the worst routing needs. Both are empty
+        where pairs run by themselves (`run_apart`).
     """
+    if run_apart(index.numel(), experts):
+        return index.new_empty(0, dtype=torch.int32), index.new_empty(3, 0, dtype=torch.int32)
     block = tile_pairs(index.numel(), experts)
     if index.numel() == 0 or not _launched(index):
         return _routed(index, experts, block)
@@ -52,8 +61,11 @@ def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 @route.register_fake
 def _(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    tiles = worst_tiles(index.numel(), experts, tile_pairs(index.numel(), experts))
-    return tuple(index.new_empty(shape, dtype=torch.int32) for shape in (index.numel(), (3, tiles)))  # type: ignore[return-value]
+    pairs = index.numel()
+    if run_apart(pairs, experts):
+        return index.new_empty(0, dtype=torch.int32), index.new_empty(3, 0, dtype=torch.int32)
+    tiles = worst_tiles(pairs, experts, tile_pairs(pairs, experts))
+    return index.new_empty(pairs, dtype=torch.int32), index.new_empty(3, tiles, dtype=torch.int32)
 
 
 def _routed(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
@@ -82,6 +94,8 @@ def experts(
     stacked = Stacked(low, high, groups, left, right, firsts, gain, tuple(ranks), x.shape[1], bits, group, scale, table)
     if not _launched(x) or x.dtype not in (torch.float16, torch.bfloat16) or index.numel() == 0:
         return _looped(x, index, stacked)
+    if run_apart(index.numel(), len(ranks)):
+        return apart(x.contiguous(), index.contiguous(), stacked)
     return grouped(x.contiguous(), order, tiles, stacked, tile_pairs(index.numel(), len(ranks)))
 
 

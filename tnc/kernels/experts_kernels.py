@@ -7,18 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tnc.kernels.decode import (
-    centred,
-    dot,
-    dot_apart,
-    grid_wait,
-    half_nibbles,
-    handed_over,
-    publish,
-    scale_and_zero,
-    scale_pair,
-)
-from tnc.kernels.lookup import half_level
+from tnc.kernels.decode import dot, dot_apart, grid_wait, handed_over, publish
+from tnc.kernels.tile_unit import unit_product
 
 
 @triton.jit
@@ -67,13 +57,10 @@ def route(index, order, tiles, P, EXPERTS, TILES, BM, RANKED: tl.constexpr, PB: 
 
 
 @triton.jit
-def gathered(order, tiles, tile, TILES, BM: tl.constexpr):
-    """Expert, first position, pairs (BM,) and which of them are there, of a tile that exists."""
-    start = tl.load(tiles + TILES + tile)
-    stop = tl.load(tiles + 2 * TILES + tile)
+def gathered(order, start, stop, BM: tl.constexpr):
+    """Pairs (BM,) of a tile that is there, and which of them are real."""
     at = start + tl.arange(0, BM)
-    pair = tl.load(order + tl.minimum(at, stop - 1))
-    return start, pair, at < stop
+    return tl.load(order + tl.minimum(at, stop - 1)), at < stop
 
 
 @triton.jit
@@ -108,58 +95,6 @@ def produce_gathered(x, right, t, slab, counters, row, real, part, BM: tl.conste
 
 
 @triton.jit
-def unit_product(acc, x, start, real, low, high, scales, levels, unit, wide, safe, BM: tl.constexpr, BN: tl.constexpr,
-                 K: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, TABLE: tl.constexpr,
-                 LANES: tl.constexpr, F32: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """``acc`` plus the product of ``BM`` rows of x, which begin at ``start``, with one unit of ``BN`` rows of Q.
-
-    ``code - zero`` is exact and the scale multiplies the group's sum; levels of a table are rounded to the dtype of x,
-    and where 16 columns share a scale it multiplies the level.
-    """
-    STEP: tl.constexpr = 4 if BITS == 3 else BITS
-    PARTS: tl.constexpr = 2 if BITS == 3 else 1
-    UNIT: tl.constexpr = 256 if BITS == 3 else 512 // BITS
-    JG: tl.constexpr = UNIT // GROUP if GROUP < UNIT else 1
-    COUNT: tl.constexpr = 16 // STEP // JG
-    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    HALF: tl.constexpr = x.dtype.element_ty == tl.float16
-    i = tl.arange(0, 32)
-    place = unit * wide + safe
-    w = tl.load(low + place[None, :] * 32 + i[:, None])
-    h = w
-    if BITS == 3:
-        h = tl.load(high + place[None, :] * 16 + (i % 16)[:, None]) >> (2 * (i // 16)).to(tl.int16)[:, None]
-    for jg in tl.static_range(JG):
-        group = tl.minimum(unit * JG + jg, GROUPS - 1) if GROUP < UNIT else unit // (GROUP // UNIT)
-        word = tl.load(scales + group * wide + safe)
-        if SCALE == "pair":
-            s, s1 = scale_pair(word)
-            z = tl.where((i < 16)[:, None], s[None, :], s1[None, :]).to(x.dtype.element_ty)
-        elif TABLE:
-            s, z = scale_and_zero(word, SCALE)
-        else:
-            s, z = scale_and_zero(word, SCALE)
-            if ASM and BITS != 8:
-                z += 1024 if HALF else 128
-            z = tl.broadcast_to(z.to(x.dtype.element_ty)[None, :], (32, BN))
-        p = tl.zeros((BM, BN), tl.float32)
-        for part in tl.static_range(PARTS):
-            n = half_nibbles(w, h, part, BITS, ASM)
-            for c in tl.static_range(COUNT):
-                k = unit * UNIT + 32 * (PARTS * (jg * COUNT + c) + part) + i[None, :]
-                a = tl.load(x + start + k, mask=real & (k < K), other=0.0)
-                if TABLE:
-                    b = half_level(n, STEP * (jg * COUNT + c), levels, BITS, LANES, HALF)
-                    if SCALE == "pair":  # the interpreter's bfloat16 products are wrong
-                        b = (b.to(tl.float32) * z.to(tl.float32)).to(x.dtype.element_ty)
-                else:
-                    b = centred(n, z, STEP * (jg * COUNT + c), BITS, HALF, ASM)
-                p = dot(a, b, p, F32)
-        acc += p if SCALE == "pair" else s[None, :] * p
-    return acc
-
-
-@triton.jit
 def experts_tile(x, low, high, groups, left, right, firsts, gain, levels, order, tiles, t, tslab, slab, counters, y, P,
                  N, EXPERTS, TILES, SHARE, BM: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr,
                  GROUP: tl.constexpr, TABLE: tl.constexpr, LANES: tl.constexpr, GAIN: tl.constexpr, RK: tl.constexpr,
@@ -181,8 +116,10 @@ def experts_tile(x, low, high, groups, left, right, firsts, gain, levels, order,
     if pid < producers:
         tile = pid // (RANKS * KS)
         e = tl.load(tiles + tile)
+        start = tl.load(tiles + TILES + tile)
+        stop = tl.load(tiles + 2 * TILES + tile)
         if (e >= 0) & (e < EXPERTS):
-            _, pair, real = gathered(order, tiles, tile, TILES, BM)
+            pair, real = gathered(order, start, stop, BM)
             begin = tl.load(firsts + e)
             rank = tl.load(firsts + e + 1) - begin
             produce_gathered(x, right + begin.to(tl.int64) * K, t + tile.to(tl.int64) * (BM * RK),
@@ -193,8 +130,10 @@ def experts_tile(x, low, high, groups, left, right, firsts, gain, levels, order,
         block = (pid - producers) // TILES // SK
         split = (pid - producers) // TILES % SK
         e = tl.load(tiles + tile)
+        start = tl.load(tiles + TILES + tile)
+        stop = tl.load(tiles + 2 * TILES + tile)
         if e >= 0:
-            start, pair, real = gathered(order, tiles, tile, TILES, BM)
+            pair, real = gathered(order, start, stop, BM)
             column = block * BN + tl.arange(0, BN)
             safe = tl.minimum(column, N - 1)
             wide = tl.cast(N, tl.int64)
@@ -216,16 +155,18 @@ def experts_tile(x, low, high, groups, left, right, firsts, gain, levels, order,
                     acc *= tl.load(gain + e)
                 if RK > 0:
                     if split == SK - 1:
-                        fine = handed_over(counters + tile * (2 + RANKS), RANKS, blocks)
                         begin = tl.load(firsts + e)
                         rank = tl.load(firsts + e + 1) - begin
-                        factor = left + begin * wide
+                        factor = left + begin * wide + safe.to(tl.int64)[None, :] * rank
+                        r = tl.arange(0, RB)[:, None]
+                        b = tl.load(factor + r, mask=r < rank, other=0.0)  # on its way while t is waited for
+                        fine = handed_over(counters + tile * (2 + RANKS), RANKS, blocks)
                         inner = t + tile.to(tl.int64) * (BM * RK) + tl.arange(0, BM)[:, None] * RK
-                        for r0 in tl.static_range(0, RK, RB):
-                            r = r0 + tl.arange(0, RB)
-                            b = tl.load(factor + safe.to(tl.int64)[None, :] * rank + r[:, None],
-                                        mask=(r < rank)[:, None], other=0.0)  # fmt: skip
-                            a = tl.load(inner + r[None, :], volatile=True)
+                        a = tl.load(inner + tl.arange(0, RB)[None, :], volatile=True)
+                        acc = dot_apart(a, b.to(a.dtype), acc, F32)
+                        for r0 in tl.static_range(RB, RK, RB):
+                            b = tl.load(factor + r0 + r, mask=r0 + r < rank, other=0.0)
+                            a = tl.load(inner + r0 + tl.arange(0, RB)[None, :], volatile=True)
                             acc = dot_apart(a, b.to(a.dtype), acc, F32)
                         acc = tl.where(fine, acc, float("nan"))
                 if SK == 1:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tnc.kernels.experts_kernels import experts_tile, route, weighted_sum
-from tnc.kernels.launch import INTERPRETED, counters, overlaps, tile_of
+from tnc.kernels.experts_vector_kernel import experts_vector
+from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
-from tnc.kernels.qlr_launch import Packed
+from tnc.kernels.qlr_launch import ONE, Packed, registers, stride_of
 from tnc.kernels.tuned import tuned
 from tnc.kernels.words import unit_of
 
@@ -123,18 +124,59 @@ def launched(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: i
     t = x.new_empty(count, block, padded)
     parts = torch.empty(count * chunks * block * padded, dtype=torch.float32, device=x.device)
     slab = torch.empty(splits * pairs * rows if splits > 1 else 1, dtype=torch.float32, device=x.device)
-    lanes = "" if INTERPRETED else lane_level(stacked.table, "f16" if x.dtype == torch.float16 else "bf16")
     pdl = overlaps(x.device)
     experts_tile[(producers + count * blocks * splits,)](
-        x, stacked.low.view(torch.int16), stacked.high.view(torch.int16), stacked.groups, stacked.left, stacked.right,
-        stacked.firsts, stacked.groups if stacked.gain is None else stacked.gain,
-        level_tensor(stacked.table, x.device), order, tiles, t, parts, slab,
+        x, *_weights(stacked, torch.int16), level_tensor(stacked.table, x.device), order, tiles, t, parts, slab,
         counters(x.device).take(flags + (count * blocks if splits > 1 else 0)), y, pairs, rows, experts, count, share,
-        block, columns, stacked.bits, stacked.scale, stacked.group, bool(stacked.table), lanes,
-        stacked.gain is not None, padded, ranks, chunks, config["rows"], steps, splits, config["stages"], INTERPRETED,
+        block, columns, *_decoding(stacked, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks,
+        config["rows"], steps, splits, config["stages"], INTERPRETED,
         not INTERPRETED, pdl, num_warps=config["warps"], **_options(pdl),
     )  # fmt: skip
     return y
+
+
+def apart(x: Tensor, index: Tensor, stacked: Stacked) -> Tensor:
+    """(pairs, out_features) for x (pairs / n, in_features), float32 or in 16 bits, each pair by itself."""
+    pairs, rows = index.numel(), stacked.low.shape[2]
+    sizes = {"rows": rows * pairs, "columns": stacked.columns, "rank": max(stacked.ranks), "bits": stacked.bits}
+    return launched_apart(x, index, stacked, tuned("experts_vector", x.device, **sizes, tokens=1))
+
+
+def launched_apart(x: Tensor, index: Tensor, stacked: Stacked, config: dict[str, int]) -> Tensor:
+    """`apart` with a tile: rows of a block, warps, ranks a producer makes, programs a multiprocessor."""
+    pairs, rows, columns, rank = index.numel(), stacked.low.shape[2], stacked.columns, max(stacked.ranks)
+    units, blocks = math.ceil(columns / unit_of(stacked.bits)), math.ceil(rows / config["rows"])
+    warps = min(config["warps"], tile_of(math.ceil(units / 8), least=1))
+    splits = math.ceil(units / (8 * warps))
+    across = tile_of(rank, most=128)  # columns of L at a time
+    padded = math.ceil(rank / across) * across
+    producers = pairs * (padded // config["ranks"])
+    stride = stride_of(blocks, splits * pairs, producers, config["programs"] * multiprocessors(x.device))
+    y = x.new_empty(pairs, rows)
+    t = torch.empty(pairs * padded, dtype=torch.float32, device=x.device)
+    slab = torch.empty(splits * pairs * rows if splits > 1 else 1, dtype=torch.float32, device=x.device)
+    pdl = overlaps(x.device)
+    experts_vector[(producers + pairs * stride * splits,)](
+        x, *_weights(stacked, torch.int32), level_tensor(stacked.table, x.device), index, t, slab,
+        counters(x.device).take(2 * pairs + (pairs * blocks if splits > 1 else 0)), y, pairs, rows, len(stacked.ranks),
+        pairs // x.shape[0], blocks, ONE, columns, *_decoding(stacked, "f32"), padded, config["ranks"],
+        min(4096, 1024 * warps, tile_of(columns)), config["rows"], 8 * warps, splits, stride, stride < blocks, pdl,
+        num_warps=warps, **registers(config["programs"], warps), **_options(pdl),
+    )  # fmt: skip
+    return y
+
+
+def _weights(stacked: Stacked, kind: torch.dtype) -> tuple[Tensor, ...]:
+    """The weights as a kernel takes them, code words as ``kind``."""
+    gain = stacked.groups if stacked.gain is None else stacked.gain
+    return (stacked.low.view(kind), stacked.high.view(kind), stacked.groups, stacked.left, stacked.right,
+            stacked.firsts, gain)  # fmt: skip
+
+
+def _decoding(stacked: Stacked, kind: str) -> tuple[object, ...]:
+    """What the device code has to know of the codes."""
+    lanes = "" if INTERPRETED else lane_level(stacked.table, kind)
+    return stacked.bits, stacked.scale, stacked.group, bool(stacked.table), lanes, stacked.gain is not None
 
 
 def summed(y: Tensor, weights: Tensor, index: Tensor, experts: int) -> Tensor:

@@ -16,38 +16,38 @@ from tnc.kernels.table import Bound, Kernel, Tensors, register_kernel
 from tnc.kernels.tuned import tuned
 from tnc.terms import Expression, Mpo
 
-FUSED_TOKENS = 32  # beyond, the planned ways of the ``mpo`` row
-MOST_MODE, MOST_BOND, MOST_INNER = 32, 64, 1024  # o3 x b of the first product is held in registers
+FUSED_TOKENS = 256  # beyond, the planned ways of the ``mpo`` row
+MOST_MERGED = 2**14  # entries of a merged core, and of a step of x, that a program holds
+MOST_MODE, MOST_BOND = 32, 64
 
 
 def fused(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
     """X (tokens, in_features) through cores (1, o1, i1, A), (A, o2, i2, B) and (B, o3, i3, 1)."""
     (_, o1, i1, a), (_, o2, i2, b), (_, o3, i3, _) = first.shape, second.shape, third.shape
-    tokens = x.shape[0]
-    config = tuned("mpo3", x.device, rows=o1 * o2 * o3, columns=i1 * i2 * i3, rank=max(a, b), tokens=tokens)
-    return launched(x, first, second, third, config)
+    sizes = {"rows": o1 * o2 * o3, "columns": i1 * i2 * i3, "rank": max(a, b), "tokens": x.shape[0]}
+    return launched(x, first, second, third, tuned("mpo3", x.device, **sizes))
 
 
 def launched(x: Tensor, first: Tensor, second: Tensor, third: Tensor, config: dict[str, int]) -> Tensor:
-    """`fused` with a tile: tokens and values of o2 a program, slices of i1, warps, stages."""
+    """`fused` with a tile: bonds a program merges, tokens a step, steps, warps, stages."""
     (_, o1, i1, a), (_, o2, i2, b), (_, o3, i3, _) = first.shape, second.shape, third.shape
     tokens = x.shape[0]
-    together = min(config["tokens_a_program"], tile_of(tokens, least=1))
-    chunk = 16 // together  # values of i2: the first product has 16 rows
-    outputs = min(config["outputs"], tile_of(o2, least=1))
-    deep = math.ceil(i1 / min(config["slices"], i1))
-    slices = math.ceil(i1 / deep)
-    blocks = math.ceil(o2 / outputs) * math.ceil(tokens / together)
-    wide, high = tile_of(o1), tile_of(o3)
-    size = together * high * outputs * wide
+    wide, high, deep, into = tile_of(o1), tile_of(o3), tile_of(i3), tile_of(i1)
+    inner = tile_of(i2) * deep
+    bonds = min(config["bonds"], tile_of(a, least=1), MOST_MERGED // (high * inner))
+    room = max(MOST_MERGED // (into * inner), 1)
+    together = min(config["tokens_a_step"], tile_of(tokens, least=1), room)
+    steps = min(config["steps"], math.ceil(tokens / together))
+    slices, blocks = math.ceil(a / bonds), o2 * math.ceil(tokens / (together * steps))
     y = x.new_empty(tokens, o1 * o2 * o3)
+    size = steps * together * high * wide
     slab = torch.empty(blocks * slices * size if slices > 1 else 1, dtype=torch.float32, device=x.device)
     pdl = overlaps(x.device)
     mpo3_kernel[(blocks * slices,)](
         x, first.contiguous(), second.contiguous(), third.contiguous(), slab, counters(x.device).take(blocks), y,
-        tokens, o1, o2, o3, i1, i2, i3, a, b, wide, high, tile_of(i3), tile_of(a), tile_of(b), outputs, together, chunk,
-        i2 <= chunk, deep, slices, config["stages"], INTERPRETED or x.dtype == torch.float32, pdl,
-        num_warps=config["warps"], **({"launch_pdl": True} if pdl else {}),
+        tokens, o1, o2, o3, i1, i2, i3, a, b, wide, high, into, inner // deep, deep, tile_of(b), bonds, together, steps,
+        slices, config["stages"], INTERPRETED or x.dtype == torch.float32, pdl, num_warps=config["warps"],
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return y
 
@@ -130,8 +130,10 @@ def refusal(operator: Expression) -> str | None:
         return f"modes {modes} do not all lie between 1 and {MOST_MODE}"
     if not 1 <= min(a, b) <= max(a, b) <= MOST_BOND:
         return f"bonds {a}, {b} do not both lie between 1 and {MOST_BOND}"
-    inner = tile_of(operator.out_modes[2]) * tile_of(b)
-    return f"the last output mode times its bond pads to {inner}, above {MOST_INNER}" if inner > MOST_INNER else None
+    merged = tile_of(operator.out_modes[2]) * tile_of(operator.in_modes[1]) * tile_of(operator.in_modes[2])
+    if merged > MOST_MERGED:
+        return f"o3 i2 i3 pad to {merged}, above {MOST_MERGED}: cores 2 and 3, merged, do not fit a program"
+    return None
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:

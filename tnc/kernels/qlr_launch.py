@@ -18,7 +18,7 @@ from tnc.kernels.rebuild_kernels import rebuild_qlr
 from tnc.kernels.tuned import predicted, tuned
 from tnc.kernels.words import unit_of
 
-_ONE = 134 << 23  # the bit pattern of 2.0 ** 7
+ONE = 134 << 23  # the bit pattern of 2.0 ** 7
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def faster(packed: Packed, tokens: int) -> bool:
     return predicted("qlr_vector", device, **sizes) <= predicted("qlr_tile", device, **sizes)
 
 
-def _stride(blocks: int, splits: int, producers: int, programs: int) -> int:
+def stride_of(blocks: int, splits: int, producers: int, programs: int) -> int:
     """Programs of a split: as many as run at once beside the producers, each with as many blocks as any other."""
     together = max((programs - producers) // splits, 1)
     return math.ceil(blocks / math.ceil(blocks / together))
@@ -141,7 +141,7 @@ def vector(x: Tensor, *members: Packed) -> Tensor:
     across = tile_of(rank, most=128)  # columns of L at a time
     padded = math.ceil(rank / across) * across if rank else 16
     producers = group.slots * (padded // config["ranks"])
-    stride = _stride(blocks, splits, producers, config["programs"] * multiprocessors(x.device))
+    stride = stride_of(blocks, splits, producers, config["programs"] * multiprocessors(x.device))
     rows, ranks, firsts, tops = group.sizes()
     y = x.new_empty(tokens, sum(rows))
     t = torch.empty(max(group.slots, 1) * tokens * padded, dtype=torch.float32, device=x.device)
@@ -149,10 +149,10 @@ def vector(x: Tensor, *members: Packed) -> Tensor:
     pdl = overlaps(x.device)
     qlr_vector[(producers + stride * splits,)](
         x, *group.tensors(halves=False), level_tensor(packed.table, x.device), t, slab,
-        counters(x.device).take(2 + blocks), y, rows, ranks, firsts, tops, sum(rows), blocks, _ONE, tokens, columns,
+        counters(x.device).take(2 + blocks), y, rows, ranks, firsts, tops, sum(rows), blocks, ONE, tokens, columns,
         *_decoding(packed, "f32"), padded, config["ranks"], min(4096, 1024 * warps, tile_of(columns)), producers,
         config["rows"], chunk, splits, stride, stride < blocks, pdl, num_warps=warps,
-        **_registers(config["programs"], warps), **_options(pdl),
+        **registers(config["programs"], warps), **_options(pdl),
     )  # fmt: skip
     return y
 
@@ -211,7 +211,7 @@ def _exact(tensor: Tensor) -> bool:
     return INTERPRETED or tensor.dtype == torch.float32
 
 
-def _registers(programs: int, warps: int) -> dict[str, int]:
+def registers(programs: int, warps: int) -> dict[str, int]:
     """The bound on a thread's registers that lets so many programs run at once on a multiprocessor."""
     return {} if INTERPRETED else {"maxnreg": min(255, 65536 // (programs * warps * 32) // 8 * 8)}
 
