@@ -3,7 +3,7 @@
     python -m benchmarks.core_formats MODEL STATS --bits 4 --layers layers.0. --cores 2
 
 Every form is the largest that stores at most ``--bits`` a weight. Errors are relative in H on the calibration tokens,
-and in predicted nats on the held-out ones.
+and in predicted nats on the held-out ones. "Plain" operators are TT-SVDs with cores rounded to the nearest code.
 """
 
 from __future__ import annotations

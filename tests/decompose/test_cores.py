@@ -89,7 +89,7 @@ def test_bits_are_counted_before_and_after(format, cores):
     assert isinstance(found.operator, Chain)
     stored = found.operator.storage_bits
     assert stored == sum(t.numel() * t.element_size() * 8 for t in found.operator.tensors().values())
-    assert stored == stage.stored_bits((24, 24), 6, torch.float32) == found.report.storage_bits
+    assert stored == stage.stored_bits((24, 24), torch.float32, 6) == found.report.storage_bits
     kinds = [term.kind for term in found.operator.terms]
     assert kinds == ["quantized" if each else "dense" for each in formats_of(formats, cores)]
     assert found.report.bonds == found.operator.ranks[1:-1]

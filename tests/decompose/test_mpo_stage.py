@@ -1,16 +1,20 @@
 """Matrix product operators as stages: sizes, the rival SVD, the certificate, compensated operators."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tnc.decompose import BitsPerWeight, LowRankStage, MpoStage, Rank, RelativeError, decompose, recipe
+from tnc.decompose.bond_curve import BondPoint, bond_curve
 from tnc.decompose.rival import rival
 from tnc.errors import BudgetError, RankError, RecipeError, ShapeError
+from tnc.formats import IntFormat
 from tnc.metric import Metric
 from tnc.networks import als, mpo_lower_bound, tt_svd
-from tnc.stats import LayerStats
+from tnc.planning import PooledBonds, pooled_ranks
 from tnc.terms import Mpo, Sum, dense64
 from tnc.testing import make_problem, weighted_problems
 
@@ -127,17 +131,77 @@ def test_input_is_checked():
         decompose(weight, (MpoStage(BitsPerWeight(0.01)),), stats)
     with pytest.raises(RankError, match="positive integer"):
         decompose(weight, (MpoStage(-1),), stats)
-    with pytest.raises(RecipeError, match="two cores only"):
-        MpoStage(3, cores=3).spectrum(weight, stats)
     with pytest.raises(RecipeError, match="needs BitsPerWeight"):
         recipe("mpo_pooled", rank=3)
 
 
-def test_the_pooling_curve_is_exact_in_a_kronecker_metric():
-    H, G = (torch.kron(torch.diag(torch.rand(a) + 0.1), torch.eye(b)).double() for a, b in ((6, 4), (4, 6)))
-    stats = LayerStats.from_hessian(H, G, tokens=9)
-    stage = MpoStage(5, sweeps=0)
-    curve = stage.spectrum(PROBLEM.weight, stats)
-    found = decompose(PROBLEM.weight.double(), (stage,), stats)
-    assert 0.5 * float(curve[5:].square().sum()) == pytest.approx(found.report.predicted_nats, rel=1e-5)
-    assert stage.rank_entries((24, 24)) == found.operator.params // 5
+@pytest.mark.parametrize("cores", [2, 3])
+def test_a_curve_is_what_the_stage_reaches_where_it_was_measured(cores):
+    stage = MpoStage(1, cores=cores, sweeps=1)
+    curve = stage.curve(PROBLEM.weight, PROBLEM.stats, torch.float32)
+    assert curve[0].bonds == (0,) * (cores - 1)
+    assert curve[0].nats == pytest.approx(PROBLEM.metric.nats(PROBLEM.weight.double()))
+    nats, bits = [point.nats for point in curve], [point.bits for point in curve]
+    assert nats == sorted(nats, reverse=True)
+    assert bits == sorted(bits)
+    assert bits[-1] < 32 * 24 * 24 <= stage.stored_bits((24, 24), torch.float32, len(curve))
+    for point in (curve[1], curve[-1]):
+        found = decompose(PROBLEM.weight, (MpoStage(point.bonds, cores=cores, sweeps=1),), PROBLEM.stats).operator
+        assert point.nats == pytest.approx(PROBLEM.metric.nats(PROBLEM.weight.double() - dense64(found)), rel=1e-6)
+        assert point.bits == found.storage_bits
+
+
+def test_between_measured_sizes_a_power_law_is_exact():
+    choices = [((k,), 100 * k) for k in range(1, 40)]
+    asked = []
+
+    def law(bonds):
+        asked.append(bonds[0])
+        return bonds[0] ** -1.5
+
+    curve = bond_curve(choices, BondPoint((0,), 0, 4.0), law, 4)
+    assert len(asked) == 4
+    assert {1, 39} < set(asked)
+    assert [point.nats for point in curve] == pytest.approx([4.0, *(k**-1.5 for k in range(1, 40))])
+    flat = bond_curve(choices, BondPoint((0,), 0, 4.0), lambda bonds: 9.0 if bonds[0] < 20 else 0.0, 3)
+    assert [point.nats for point in flat] == sorted((point.nats for point in flat), reverse=True)
+    assert max(point.nats for point in flat) == 4.0
+    assert bond_curve([], BondPoint((0,), 0, 4.0), law, 4) == (BondPoint((0,), 0, 4.0),)
+
+
+def test_bonds_may_be_given_one_by_one():
+    found = decompose(PROBLEM.weight, (MpoStage((3, 5), cores=3),), PROBLEM.stats)
+    assert found.report.bonds == (3, 5)
+    assert found.report.storage_bits == MpoStage((3, 5), cores=3).stored_bits((24, 24), torch.float32, (3, 5))
+    assert decompose(PROBLEM.weight, (MpoStage((0, 0), cores=3),), PROBLEM.stats).report.storage_bits == 0
+    with pytest.raises(RankError, match="2 of them"):
+        decompose(PROBLEM.weight, (MpoStage((3, 5, 7), cores=3),), PROBLEM.stats)
+
+
+LAYERS = [
+    make_problem((24, 24), spectrum=spectrum, hessian="full", gradient="full", metric="fisher", seed=seed)
+    for seed, spectrum in enumerate(("exponential", "power", "low_rank_noise", "flat"))
+]
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize(("bits", "core_format"), [(5.0, None), (12.0, None), (4.0, IntFormat(8, 16, pad=True))])
+def test_pooled_bonds_are_never_worse_than_one_limit_for_all(cores, bits, core_format):
+    """At no more bits: as predicted by the curves, and as decomposed."""
+    stage = MpoStage(BitsPerWeight(bits), cores=cores, core_format=core_format, sweeps=1)
+    curves = {
+        str(k): PooledBonds(stage.curve(problem.weight, problem.stats, torch.float32), (24, 24), dense_bits=32)
+        for k, problem in enumerate(LAYERS)
+    }
+    plan = pooled_ranks(curves, bits)
+    limit = stage.bond((24, 24), torch.float32)
+    uniform = sum(layer.points[limit].nats for layer in curves.values())
+    assert plan.storage_bits <= bits * len(LAYERS) * 24 * 24
+    assert plan.lower_bound_nats <= plan.predicted_nats <= uniform * (1 + 1e-9)
+    reached = dict.fromkeys(("pooled", "one limit"), 0.0)
+    for problem, bonds in zip(LAYERS, plan.ranks.values(), strict=True):
+        for name, size in (("pooled", bonds), ("one limit", limit)):
+            if size is not None:
+                found = decompose(problem.weight, (replace(stage, rank=size),), problem.stats).operator
+                reached[name] += problem.metric.nats(problem.weight.double() - dense64(found))
+    assert reached["pooled"] < reached["one limit"]

@@ -45,7 +45,7 @@ def logits(model, ids):
 VALUES = {"bits": 3, "group_size": 16, "rank": 4, "blocks": 4}
 OWN = {
     "best_at_bits": {"rank": tnc.BitsPerWeight(5)},
-    "svd_pooled": {"rank": tnc.BitsPerWeight(20)}, "mpo_pooled": {"rank": tnc.BitsPerWeight(20)},
+    "svd_pooled": {"rank": tnc.BitsPerWeight(20)}, "mpo_pooled": {"rank": tnc.BitsPerWeight(20), "cores": 3},
     "mpo_low_rank": {"rank": tnc.BitsPerWeight(20)}, "mpo": {"rank": 2, "cores": 3},
 }  # fmt: skip
 ALL = [

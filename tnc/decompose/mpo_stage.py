@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from tnc.decompose.bond_curve import BondPoint, Bonds, bond_curve
 from tnc.decompose.cores import CoreFormats, core_bits, quantize_cores
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
 from tnc.decompose.stages import Fitted, MetricOf, Target
 from tnc.errors import BudgetError, RecipeError
 from tnc.metric import Metric
-from tnc.networks import KroneckerMetric, adapt_ranks, als, site_modes, tt_svd_with_report
-from tnc.networks.modes import Modes, check_pair, rank_bounds, site_tensor
+from tnc.networks import adapt_ranks, als, site_modes, tt_svd_with_report
+from tnc.networks.modes import Modes, check_pair, rank_bounds
 from tnc.quant import quantizer
 from tnc.stats import LayerStats
 from tnc.terms import Mpo, dense64
 
 # A step of conjugate gradients takes 2 m n (m + n) flops, hundreds of them a sweep: an hour or so above this size.
 ALS_LIMIT = 2**23
+_MEASURED = 5  # sizes at which a layer is fitted to know what its bonds buy
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class MpoStage:
     """Matrix product operator by TT-SVD, plain and Kronecker-whitened, the better one refined by ALS in the metric.
 
     Attributes:
-        rank: largest bond dimension, an int or `Rank` (0 is the zero matrix); `BitsPerWeight` (the largest one that
-            fits beside the other terms); or `RelativeError` in the metric, met by two-site rank adaptation.
+        rank: largest bond dimension, an int or `Rank` (0 is the zero matrix), or a limit for each of the inner bonds;
+            `BitsPerWeight` (the largest one that fits beside the other terms); or `RelativeError` in the metric, met by
+            two-site rank adaptation.
         cores: number of cores, with balanced modes, where no modes are given.
         metric: the metric made of the statistics; without statistics it is the Frobenius norm, which is reported
             as a fallback unless that is what `Metric.auto` or `Metric.identity` mean.
@@ -46,7 +49,7 @@ class MpoStage:
             for it before the cores are rounded.
     """
 
-    rank: Size
+    rank: Size | Bonds
     cores: int = 2
     metric: MetricOf = Metric.auto
     sweeps: int = 2
@@ -80,11 +83,13 @@ class MpoStage:
         if isinstance(self.rank, RelativeError):
             mpo = self._within(target, metric, outs, ins, self.rank, dtype)
         else:
-            rank = self.bond(shape, dtype, spent=target.spent_bits)
+            given = self.rank
+            rank = given if isinstance(given, tuple) else self.bond(shape, dtype, spent=target.spent_bits)
             by_rank = partial(self._by_rank, target.residual, metric)
-            mpo, more = by_rank(outs, ins, rank, dtype) if rank else (_zero(shape, outs, ins, dtype), [])
+            anything = any(rank) if isinstance(rank, tuple) else rank
+            mpo, more = by_rank(outs, ins, rank, dtype) if anything else (_zero(shape, outs, ins, dtype), [])
             notes += more
-            if rank and self.core_format is not None:
+            if anything and self.core_format is not None:
                 return self._quantized(target.residual, mpo, metric, self.core_format, notes)
         return Fitted(mpo, fallbacks=tuple(notes))
 
@@ -103,23 +108,29 @@ class MpoStage:
             return site_modes(shape, self.cores)
         return check_pair(shape, self.out_modes, self.in_modes)
 
-    def spectrum(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        """Singular values of the two-core unfolding in the Kronecker-factored metric: the curve for pooling.
+    def curve(self, weight: Tensor, stats: LayerStats, dtype: torch.dtype) -> tuple[BondPoint, ...]:
+        """What every limit of all bonds buys, up to the bits of the dense layer: for pooling over a model.
 
-        Raises:
-            RecipeError: for another number of cores, whose error is no function of one bond.
+        Fits with at most one sweep are measured at a few sizes, their cores in floats: what rounding them costs is
+        not in the nats.
+
+        Cost: five fits.
         """
-        outs, ins = self.modes((weight.shape[0], weight.shape[1]))
-        if len(outs) != 2:
-            raise RecipeError(f"MpoStage(cores={len(outs)}): bonds are pooled over a model for two cores only.")
-        metric = self.metric(stats)
-        white = KroneckerMetric.nearest(metric, (weight.shape[0], weight.shape[1]), outs, ins)
-        values: Tensor = torch.linalg.svdvals(white.whitened(site_tensor(weight, outs, ins, torch.float64)))
-        return values
+        shape = (weight.shape[0], weight.shape[1])
+        outs, ins = self.modes(shape)
+        bounds, metric = rank_bounds(outs, ins), self.metric(stats)
+        limits = [tuple(min(rank, bound) for bound in bounds) for rank in range(1, max(bounds, default=0) + 1)]
+        sized = [(bonds, self.stored_bits(shape, dtype, bonds)) for bonds in limits]
+        below = [each for each in sized if each[1] < weight.numel() * dtype.itemsize * 8]
+        probe = replace(self, sweeps=min(self.sweeps, 1), core_format=None, dtype=self.dtype or dtype)
+        residual = weight.double()
 
-    def rank_entries(self, shape: tuple[int, int]) -> int:
-        """Numbers stored for each unit of the bond dimension of two cores."""
-        return sum(o * i for o, i in zip(*self.modes(shape), strict=True))
+        def measure(bonds: Bonds) -> float:
+            found = replace(probe, rank=bonds).fit(Target(residual, weight, stats, 0))
+            return metric.nats(residual - dense64(found.term))
+
+        nothing = BondPoint((0,) * len(bounds), 0, metric.nats(residual))
+        return bond_curve(below, nothing, measure, _MEASURED) if bounds else ()
 
     def bond(self, shape: tuple[int, int], dtype: torch.dtype, *, spent: int = 0) -> int:
         """The bond dimension asked for, or the largest that fits the bits beside ``spent`` ones.
@@ -129,29 +140,31 @@ class MpoStage:
         """
         outs, ins = self.modes(shape)
         if not isinstance(self.rank, BitsPerWeight):
-            assert not isinstance(self.rank, RelativeError)
+            assert not isinstance(self.rank, RelativeError | tuple)
             return self.rank.value if isinstance(self.rank, Rank) else self.rank
         low, high, size = 0, max(rank_bounds(outs, ins), default=1), shape[0] * shape[1]
         while low < high:
             middle = (low + high + 1) // 2
-            stored = spent + self.stored_bits(shape, middle, dtype)
+            stored = spent + self.stored_bits(shape, dtype, middle)
             low, high = (middle, high) if stored / size <= self.rank.value else (low, middle - 1)
         if low == 0:
-            smallest = (spent + self.stored_bits(shape, 1, dtype)) / size
+            smallest = (spent + self.stored_bits(shape, dtype, 1)) / size
             raise BudgetError(
                 f"BitsPerWeight({self.rank.value}) has no room for a bond dimension of 1 over modes {outs} x {ins} of "
                 f"weight {shape} beside {spent} bits; ask for at least {smallest:.4f} bits, or more cores."
             )
         return low
 
-    def stored_bits(self, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> int:
-        """Bits of the cores when no bond is above ``rank``."""
+    def stored_bits(self, shape: tuple[int, int], dtype: torch.dtype, rank: int | Bonds) -> int:
+        """Bits of the cores when no bond is above ``rank``, or each is at most its own limit."""
         outs, ins = self.modes(shape)
-        ranks = (1, *(min(rank, bound) for bound in rank_bounds(outs, ins)), 1)
+        bounds = rank_bounds(outs, ins)
+        limits = (rank,) * len(bounds) if isinstance(rank, int) else rank
+        ranks = (1, *map(min, limits, bounds), 1)
         return core_bits(self.core_format, outs, ins, ranks, self.dtype or dtype)
 
     def _by_rank(
-        self, residual: Tensor, metric: Metric, outs: Modes, ins: Modes, rank: int, dtype: torch.dtype
+        self, residual: Tensor, metric: Metric, outs: Modes, ins: Modes, rank: int | Bonds, dtype: torch.dtype
     ) -> tuple[Mpo, list[str]]:
         """The better of both starts, refined."""
         norms = (None,) if metric.hessian is None and metric.gradient is None else (None, metric)

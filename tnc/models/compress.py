@@ -26,7 +26,7 @@ from tnc.models.round_blocks import not_rounded, round_blocks
 from tnc.models.sharing import sharing_groups
 from tnc.models.useful_ranks import check_ranks, forces_rank, served_by
 from tnc.modules import FactoredLinear
-from tnc.planning import pooled_ranks
+from tnc.planning import Chosen, pooled_ranks
 from tnc.stats import LayerStats
 from tnc.terms import Expression, map_tensors
 from tnc.ties import share_tensors
@@ -298,7 +298,7 @@ def _kept_dense(
 def _pooled(
     recipe: Recipe, budget: BitsPerWeight, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats],
     dtype: torch.dtype | None,
-) -> dict[str, int | None]:  # fmt: skip
+) -> dict[str, Chosen]:  # fmt: skip
     """Rank of every layer under the recipe's budget for the whole model."""
     weights = {name: weight_of(layer).detach() for name, layer in layers.items()}
     known = {name: pooled_layer(recipe, weight, stats[name], dtype) for name, weight in weights.items()}

@@ -12,7 +12,7 @@ from tnc.decompose import DenseStage, LowRankStage, MpoStage, Rank, Recipe
 from tnc.decompose.forms import FormStage
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
-from tnc.planning import PooledLayer
+from tnc.planning import Chosen, PooledBonds, PooledLayer
 from tnc.stats import LayerStats
 
 
@@ -27,26 +27,27 @@ def stored_in(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
     return replace(recipe, stages=stages, candidates=tuple(stored_in(each, dtype) for each in recipe.candidates))
 
 
-def pooled_layer(recipe: Recipe, weight: Tensor, stats: LayerStats, dtype: torch.dtype | None) -> PooledLayer:
-    """What `tnc.planning.pooled_ranks` needs to know of a layer: the spectrum of the recipe's last stage, and sizes.
+def pooled_layer(
+    recipe: Recipe, weight: Tensor, stats: LayerStats, dtype: torch.dtype | None
+) -> PooledLayer | PooledBonds:
+    """What `tnc.planning.pooled_ranks` needs to know of a layer: what the recipe's last stage makes of its bits.
 
     Raises:
         StatsError: without gradients, which a comparison of layers needs.
-        RecipeError: for an operator of other than two cores.
     """
     if stats.gradient is None:
         raise StatsError(f"recipe {recipe.name!r} compares layers in nats; calibrate with fisher=True.")
-    bits = (dtype or weight.dtype).itemsize * 8
+    stored = dtype or weight.dtype
+    bits = stored.itemsize * 8
     shape = (weight.shape[0], weight.shape[1])
     last = recipe.stages[-1]
-    mpo = last if isinstance(last, MpoStage) else None
-    sigma = mpo.spectrum(weight, stats) if mpo else spectrum(weight, Metric.fisher(stats))
-    entries = mpo.rank_entries(shape) if mpo else None
-    return PooledLayer(sigma, shape, factor_bits=bits, dense_bits=bits, rank_entries=entries)
+    if isinstance(last, MpoStage):
+        return PooledBonds(last.curve(weight, stats, stored), shape, dense_bits=bits)
+    return PooledLayer(spectrum(weight, Metric.fisher(stats)), shape, factor_bits=bits, dense_bits=bits)
 
 
-def at_rank(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> Recipe:
-    """A pooled recipe for one layer: at its rank, or dense for ``None``.
+def at_rank(recipe: Recipe, rank: Chosen, dtype: torch.dtype | None) -> Recipe:
+    """A pooled recipe for one layer: at its rank or bonds, or dense for ``None``.
 
     Raises:
         ModelError: if its last stage has no rank.
@@ -56,4 +57,7 @@ def at_rank(recipe: Recipe, rank: int | None, dtype: torch.dtype | None) -> Reci
     *first, last = stored_in(recipe, dtype).stages
     if not isinstance(last, LowRankStage | MpoStage):
         raise ModelError(f"recipe {recipe.name!r} is pooled but ends with neither low rank nor an MPO.")
-    return replace(recipe, stages=(*first, replace(last, rank=Rank(rank))), pooled=None)
+    if isinstance(rank, int):
+        return replace(recipe, stages=(*first, replace(last, rank=Rank(rank))), pooled=None)
+    assert isinstance(last, MpoStage), "bonds are pooled for operators"
+    return replace(recipe, stages=(*first, replace(last, rank=rank)), pooled=None)

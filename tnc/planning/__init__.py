@@ -15,15 +15,16 @@ from tnc.planning.curve_table import CurveTable
 from tnc.planning.curves import ErrorCurve, LayerCurves, Option, measure_curves
 from tnc.planning.latency import LatencyTable, Timing
 from tnc.planning.plan import LayerPlan, Plan, edit, shortfalls
-from tnc.planning.pooled import PooledLayer, PooledPlan, pooled_ranks
+from tnc.planning.pooled import Chosen, PooledBonds, PooledLayer, PooledPlan, pooled_ranks
 from tnc.planning.portfolio import Base, Choice, Portfolio
 from tnc.planning.shared_curves import input_groups, measure_groups, measure_layers
 from tnc.planning.solve import Clock, Problem, Rules, plan_curves
 
 __all__ = [
-    "SERVED_RANKS", "AllowedBases", "AllowedRanks", "Base", "Budget", "Bytes", "Choice", "Clock", "Constraint",
-    "CurveTable", "ErrorCurve", "KeepDense", "LargestError", "Latency", "LatencyTable", "LayerCurves", "LayerPlan",
-    "Nats", "Option", "PerplexityIncrease", "Plan", "PooledLayer", "PooledPlan", "Portfolio", "Problem", "Rules",
-    "Speedup", "Timing", "describe_budget", "edit", "input_groups", "measure_curves", "measure_groups",
-    "measure_layers", "parse_budget", "plan_curves", "pooled_ranks", "shortfalls",
+    "SERVED_RANKS", "AllowedBases", "AllowedRanks", "Base", "Budget", "Bytes", "Choice", "Chosen", "Clock",
+    "Constraint", "CurveTable", "ErrorCurve", "KeepDense", "LargestError", "Latency", "LatencyTable", "LayerCurves",
+    "LayerPlan", "Nats", "Option", "PerplexityIncrease", "Plan", "PooledBonds", "PooledLayer", "PooledPlan",
+    "Portfolio", "Problem", "Rules", "Speedup", "Timing", "describe_budget", "edit", "input_groups",
+    "measure_curves", "measure_groups", "measure_layers", "parse_budget", "plan_curves", "pooled_ranks",
+    "shortfalls",
 ]  # fmt: skip

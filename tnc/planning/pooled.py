@@ -1,4 +1,4 @@
-"""Ranks of a whole model from one budget: components pooled by predicted nats per stored bit.
+"""Ranks and bonds of a whole model from one budget: components pooled by predicted nats per stored bit.
 
 In ``G ⊗ H`` the squared singular values of all layers are in one unit, so a model-wide budget is spent on
 the components with the largest ``½σ²`` per bit (MATH.md section 0). A layer whose rank would reach the
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tnc.decompose.bond_curve import BondPoint
 from tnc.errors import BudgetError
 from tnc.planning.allocate import Menu, allocate
 from tnc.planning.budget import bits_within
@@ -33,31 +34,48 @@ class PooledLayer:
         shape: (m, n).
         factor_bits: bits of one stored factor entry.
         dense_bits: bits of one entry when the layer is left dense.
-        rank_entries: entries stored a rank; ``None`` is m + n, those of two factors.
     """
 
     sigma: Tensor
     shape: tuple[int, int]
     factor_bits: int = 16
     dense_bits: int = 16
-    rank_entries: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PooledBonds:
+    """A layer as a matrix product operator: what its bonds buy.
+
+    Attributes:
+        points: of `tnc.decompose.MpoStage.curve`, the zero matrix among them.
+        shape: (m, n).
+        dense_bits: bits of one entry when the layer is left dense.
+    """
+
+    points: tuple[BondPoint, ...]
+    shape: tuple[int, int]
+    dense_bits: int = 16
+
+
+Chosen = int | tuple[int, ...] | None
+"""A rank, or the bonds of a matrix product operator; ``None`` leaves the layer dense."""
 
 
 @dataclass(frozen=True)
 class PooledPlan:
-    """Ranks by layer (``None``: leave dense), bits they store, predicted nats, and a bound no allocation beats."""
+    """Ranks or bonds by layer, bits they store, predicted nats, and a bound no allocation beats."""
 
-    ranks: dict[str, int | None]
+    ranks: dict[str, Chosen]
     storage_bits: int
     predicted_nats: float
     lower_bound_nats: float
 
 
-def pooled_ranks(layers: Mapping[str, PooledLayer], bits_per_weight: float) -> PooledPlan:
+def pooled_ranks(layers: Mapping[str, PooledLayer | PooledBonds], bits_per_weight: float) -> PooledPlan:
     """Spend ``bits_per_weight`` over all layers where it buys the most predicted nats.
 
     Args:
-        layers: name -> `PooledLayer`.
+        layers: name -> `PooledLayer`, or `PooledBonds` for an operator of any number of cores.
         bits_per_weight: stored bits over dense elements, all layers together.
 
     Returns:
@@ -84,15 +102,18 @@ def pooled_ranks(layers: Mapping[str, PooledLayer], bits_per_weight: float) -> P
 class _Point:
     bits: int
     nats: float
-    rank: int | None
+    rank: Chosen
 
 
-def _points(layer: PooledLayer) -> list[_Point]:
+def _points(layer: PooledLayer | PooledBonds) -> list[_Point]:
     """Useful ranks and the dense layer by increasing bits; the remaining nats never rise."""
     rows, columns = layer.shape
+    if isinstance(layer, PooledBonds):
+        bonds = [_Point(point.bits, point.nats, point.bonds) for point in layer.points]
+        return [*bonds, _Point(rows * columns * layer.dense_bits, 0.0, DENSE)]
     energy = 0.5 * layer.sigma.double() ** 2
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]).tolist()
-    per_rank = (layer.rank_entries or rows + columns) * layer.factor_bits
+    per_rank = (rows + columns) * layer.factor_bits
     dense = rows * columns * layer.dense_bits
     ranks = [_Point(k * per_rank, tails[k], k) for k in range(len(tails)) if k * per_rank < dense]
     return [*ranks, _Point(dense, 0.0, DENSE)]

@@ -47,10 +47,10 @@ def _core_format(
     return replace(format, pad=True) if "pad" in {f.name for f in fields(format)} else format  # type: ignore[arg-type,type-var]
 
 
-def _pooled(*, rank: Size) -> Recipe:
+def _pooled(*, rank: Size, cores: int = 2, **core: Any) -> Recipe:  # noqa: ANN401
     if not isinstance(rank, BitsPerWeight):
         raise RecipeError(f"mpo_pooled(rank={rank!r}) needs BitsPerWeight(b): the budget of the whole model.")
-    return Recipe("", (MpoStage(rank, metric=Metric.auto),), pooled=rank)
+    return Recipe("", (MpoStage(rank, cores=cores, core_format=_core_format(**core)),), pooled=rank)
 
 
 def _compensated(*, rank: Size, cores: int = 2) -> Recipe:
@@ -74,8 +74,8 @@ for _name, _summary, _source, _options, _build in (
      "MATH.md sections 3 and 4", _ROUNDED, _quantized),
     ("mpo", "matrix product operator in G ⊗ H: Kronecker whitening, then alternating least squares",
      "MATH.md section 4", _SIZE, partial(_mpo, Metric.auto, 2)),
-    ("mpo_pooled", "mpo with two cores and bond dimensions pooled over the whole model by nats per bit",
-     "MATH.md sections 0 and 4", ("rank",), _pooled),
+    ("mpo_pooled", "mpo with bonds pooled over the whole model by nats per bit, cores in factor_bits if given",
+     "MATH.md sections 0 and 4", _ROUNDED, _pooled),
     ("mpo_ordered", "mpo in the given order of rows and columns or in a searched one, stored as indices: the better",
      "MATH.md section 4", _SIZE, _ordered),
     ("mpo_low_rank", "mpo plus a low-rank correction in the same metric (of BitsPerWeight each takes half)",
