@@ -12,6 +12,7 @@ from tensorly.contrib.decomposition import tensor_train_cross
 from tnc.errors import BudgetError, NonFiniteError, RankError, ShapeError
 from tnc.networks import Entries, OperatorEntries, mpo_cross, tt_svd_with_report
 from tnc.networks.entries import mpo_entries
+from tnc.networks.pivots import CrossPivots
 from tnc.terms import Mpo, dense64
 from tnc.testing import check_mpo_approximation, mpos
 from tnc.testing.mpo_laws import mode_lists
@@ -244,3 +245,18 @@ def test_input_is_checked():
 
 def test_an_mpo_is_what_comes_back():
     assert isinstance(mpo_cross(entries(kernel(9)), (9,), (9,), max_rank=1, dtype=DOUBLE).mpo, Mpo)
+
+
+@given(seed=st.integers(0, 99), pivots=st.integers(0, 6))
+@FEW
+def test_searched_rows_and_columns_show_the_error_of_the_interpolation(seed, pivots):
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+    cross = CrossPivots(entries(weight), (4, 4), (4, 6), torch.Generator().manual_seed(seed))
+    assert cross.start((3, 5))
+    assert all(cross.add_pivot(1) for _ in range(pivots))
+    unfolding = (weight - cross.mpo().to_dense()).reshape(4, 4, 4, 6).permute(0, 2, 1, 3).reshape(16, 24)
+    for i, j in ((0, 0), (7, 11), (15, 23)):
+        torch.testing.assert_close(cross.row(1, i)[1], unfolding[i])
+        torch.testing.assert_close(cross.column(1, j)[1], unfolding[:, j])
+    at = cross.lefts[1][:, 0] // 4 * 4 + cross.lefts[1][:, 1] // 6  # the site offsets of the rows as indices
+    assert float(unfolding[at].abs().max()) < 1e-10  # interpolation: nothing is left on a pivot row

@@ -81,16 +81,16 @@ class CrossPivots:
             ``False`` if it is off by no more than rounding there.
         """
         i, j = -1, self._drawn_column(bond)
-        down, error = self._column(bond, j)
+        down, error = self.column(bond, j)
         for _ in range(_ROOK_STEPS):
             if (found := int(error.abs().argmax())) == i:
                 break
             i = found
-            across, along = self._row(bond, i)
+            across, along = self.row(bond, i)
             if (found := int(along.abs().argmax())) == j:
                 break
             j = found
-            down, error = self._column(bond, j)
+            down, error = self.column(bond, j)
         if float(error[i].abs()) <= _NEGLIGIBLE * self.largest:
             return False
         self._extend(bond, i, j, down, across)
@@ -132,14 +132,14 @@ class CrossPivots:
         guess = (left[i] @ torch.linalg.solve(self.squares[bond], right[:, j])).diagonal()
         return int(j[(self._read(rows[i] + columns[j]) - guess).abs().argmax()])
 
-    def _column(self, bond: int, j: int) -> tuple[Tensor, Tensor]:
+    def column(self, bond: int, j: int) -> tuple[Tensor, Tensor]:
         """A column of the unfolding (rows) and the error of the interpolation along it."""
         rows, columns = self._sides(bond)
         left, right = self._panels(bond)
         values = self._read(rows + columns[j])
         return values, values - left @ torch.linalg.solve(self.squares[bond], right[:, j])
 
-    def _row(self, bond: int, i: int) -> tuple[Tensor, Tensor]:
+    def row(self, bond: int, i: int) -> tuple[Tensor, Tensor]:
         """A row of the unfolding (columns) and the error of the interpolation along it."""
         rows, columns = self._sides(bond)
         left, right = self._panels(bond)
