@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tnc.decompose.bond_curve import BondPoint, Bonds, bond_curve
 from tnc.decompose.cores import CoreFormats, core_bits, quantize_cores
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size
 from tnc.decompose.stages import Fitted, MetricOf, Target
-from tnc.errors import BudgetError, RecipeError
+from tnc.errors import BudgetError, RankError, RecipeError
 from tnc.metric import Metric
 from tnc.networks import adapt_ranks, als, site_modes, tt_svd_with_report
 from tnc.networks.modes import Modes, check_pair, rank_bounds
@@ -137,11 +138,12 @@ class MpoStage:
 
         Raises:
             BudgetError: if not even 1 fits.
+            RankError: if what was asked for is no integer.
         """
         outs, ins = self.modes(shape)
         if not isinstance(self.rank, BitsPerWeight):
             assert not isinstance(self.rank, RelativeError | tuple)
-            return self.rank.value if isinstance(self.rank, Rank) else self.rank
+            return _as_int(self.rank.value if isinstance(self.rank, Rank) else self.rank)
         low, high, size = 0, max(rank_bounds(outs, ins), default=1), shape[0] * shape[1]
         while low < high:
             middle = (low + high + 1) // 2
@@ -186,6 +188,14 @@ class MpoStage:
         eps = min(size.value * scale, 1 - 1e-9)
         full = tt_svd_with_report(target.residual, outs, ins, dtype=dtype).mpo
         return adapt_ranks(target.residual, full, eps=eps, metric=metric, sweeps=max(self.sweeps, 1))
+
+
+def _as_int(rank: int) -> int:
+    """A Python int, whatever sort of integer was given."""
+    try:
+        return index(rank)
+    except TypeError:
+        raise RankError(f"MpoStage(rank={rank!r}): expected an integer bond dimension of at least 0.") from None
 
 
 def _zero(shape: tuple[int, int], outs: Modes, ins: Modes, dtype: torch.dtype) -> Mpo:

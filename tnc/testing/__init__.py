@@ -18,6 +18,7 @@ from tnc.testing.decomposer_laws import check_decomposer  # noqa: E402
 from tnc.testing.expressions import expressions  # noqa: E402
 from tnc.testing.form_laws import check_form  # noqa: E402
 from tnc.testing.matrices import HESSIANS, SPECTRA, make_hessian, make_weight  # noqa: E402
+from tnc.testing.mpo_change_laws import RefineCase, check_mpo_refiner, check_mpo_rounder, refine_cases  # noqa: E402
 from tnc.testing.mpo_laws import (  # noqa: E402
     MpoCase,
     check_mpo_approximation,
@@ -32,8 +33,9 @@ from tnc.testing.strategies import entry_formats, formats, hessians, int_formats
 from tnc.testing.term_laws import check_term  # noqa: E402
 
 __all__ = [
-    "HESSIANS", "METRICS", "SPECTRA", "MpoCase", "WeightedProblem", "check_decomposer", "check_form",
-    "check_mpo_approximation", "check_mpo_decomposer", "check_mpo_tolerance", "check_quantizer", "check_term",
-    "entry_formats", "expressions", "formats", "hessians", "int_formats", "make_hessian", "make_problem",
-    "make_weight", "mpo_cases", "mpos", "weighted_problems", "weights",
+    "HESSIANS", "METRICS", "SPECTRA", "MpoCase", "RefineCase", "WeightedProblem", "check_decomposer", "check_form",
+    "check_mpo_approximation", "check_mpo_decomposer", "check_mpo_refiner", "check_mpo_rounder",
+    "check_mpo_tolerance", "check_quantizer", "check_term", "entry_formats", "expressions", "formats", "hessians",
+    "int_formats", "make_hessian", "make_problem", "make_weight", "mpo_cases", "mpos", "refine_cases",
+    "weighted_problems", "weights",
 ]  # fmt: skip
