@@ -52,6 +52,11 @@ def together(layers: Sequence[Packed], h: Tensor) -> Sequence[Tensor]:
     return vector(h, *layers).split([layer.shape[0] for layer in layers], 1)
 
 
+def without(layers: Sequence[Packed], h: Tensor) -> Sequence[Tensor]:
+    """No layer at all: numbers of the right shape, for the time of everything else."""
+    return [layer.left.view(1, -1)[:, : layer.shape[0]] for layer in layers]
+
+
 def shared_right(block: dict[str, Packed]) -> dict[str, Packed]:
     """The block with one right factor for q, k, v and one for gate, up."""
     owners = {"k": "q", "v": "q", "up": "gate"}
@@ -117,6 +122,7 @@ def decoders() -> list[dict[str, Any]]:
         "int4 g128 + rank 64": (_packed, dict, fused),
         "the same, siblings in one launch": (_packed, dict, together),
         "siblings with one right factor": (_packed, shared_right, together),
+        "everything but the linear layers": (_packed, dict, without),
     }
     rows = []
     for name, (make, share, apply) in ways.items():
