@@ -23,7 +23,7 @@ ORDER = [
     ("planning",),
     ("kernels",),
     ("modules", "experts"),
-    ("forms", "drawing", "embedding", "ties"),
+    ("forms", "drawing", "embedding", "ties", "siblings"),
     ("checkpoint", "testing", "foreign"),
     ("models",),
     ("cluster",),

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -205,3 +206,38 @@ def test_a_row_that_runs_all_of_it_keeps_it():
     assert isinstance(rotated_mpo.terms[0], Mpo) and kernel_of(rotated_mpo) == "composed"
     x, matrix = torch.randn(2, COLUMNS), rotated_mpo.to_dense().double()
     agrees(FactoredLinear(rotated_mpo), matrix, x, matrix.norm())
+
+
+MEASURED = {4096: {1: 5.3, 16: 5.4, 256: 16.2, 4096: 218}, 11008: {1: 8.7, 16: 8.2, 256: 58.4, 4096: 865},
+            14336: {1: 11.5, 16: 11.3, 256: 54.8, 4096: 840}}  # docs/kernels.md, microseconds on one H200  # fmt: skip
+
+
+def test_the_predicted_time_is_the_sum_and_near_what_was_measured():
+    gpu = torch.device("cuda")
+
+    @dataclass(frozen=True)
+    class Known:
+        def __call__(self, x, tensors):
+            return x
+
+        def describe(self):
+            return "known"
+
+        def microseconds(self, tokens, device):
+            return 7.0 if tokens < 100 else None
+
+    for size, times in MEASURED.items():
+        turn = composed.transform(Hadamard.random(size), "1.")
+        for tokens, measured in times.items():
+            assert 2 / 3 <= turn.microseconds(tokens, gpu) / measured <= 3 / 2
+        assert turn.microseconds(1, CPU) is None
+        scale = composed.transform(Diagonal(torch.ones(size)), "0.")
+        known = composed.Part("known", Known(), (("", "2."),))
+        chain = composed.Composed((turn, known, scale), False, gpu)
+        alone = [part.microseconds(16, gpu) for part in chain.parts]
+        assert chain.microseconds(16, gpu) == sum(alone)
+        assert composed.Composed((turn, known), True, gpu).microseconds(16, gpu) > alone[0] + alone[1]
+        assert chain.microseconds(1000, gpu) is None
+        assert chain.describe().endswith(f"predicted {sum(alone) - alone[0] + turn.microseconds(1, gpu):.1f} us for 1, "
+                                         f"{sum(alone):.1f} us for 16 tokens")  # fmt: skip
+    assert "predicted" not in choose(rotated()[0], CPU, torch.float32)[0].describe()

@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 from kernels.triton_cases import DEVICE, answer, check, inputs, q_plus_lr, rounded, serving
 
 from tnc.formats import IntFormat, number_format
-from tnc.kernels import qlr
+from tnc.kernels import qlr, tuned
+from tnc.kernels.base import Base
+from tnc.kernels.qlr import QLR
 from tnc.kernels.qlr_launch import rebuild, tile, vector
 from tnc.kernels.qlr_ops import dense
 from tnc.kernels.qlr_ops import qlr as op
@@ -240,3 +242,14 @@ def test_what_it_does_not_run_is_said():
 @pytest.mark.skipif(DEVICE != "cpu", reason="about a machine without a GPU")
 def test_without_a_gpu_the_row_says_so():
     assert serving(q_plus_lr(4, 64, 4, group=32, rank=1), "qlr", "cpu").startswith("it needs a CUDA device")
+
+
+def test_predicted_times_are_those_of_the_launch(monkeypatch):
+    monkeypatch.setattr(tuned, "_file", lambda device: "h200")
+    bound = QLR(Base(IntFormat(4, group_size=128), 4096, BRAIN), "0.", "1.", None, 4096, 64)
+    gpu = torch.device("cuda")
+    assert bound.microseconds(1, gpu) == 6.86 and bound.microseconds(16, gpu) == 10.24  # as measured
+    assert bound.microseconds(2, gpu) == 9.6, "the faster of the two"
+    assert bound.microseconds(33, gpu) is None and bound.microseconds(1, torch.device("cpu")) is None
+    made = qlr.bind(q_plus_lr(9, 64, 4, group=32, rank=2).operator)
+    assert (made.rows, made.rank, qlr.bind(quantized(32)).rank) == (9, 2, 0)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from safetensors import safe_open
 import tnc
 from tnc.decompose import LowRankStage, Recipe
 from tnc.decompose.transforms import InputRotation
-from tnc.errors import RecipeError
+from tnc.errors import CheckpointError, RecipeError
 from tnc.models.evaluate import bits_per_weight
+from tnc.models.sharing import input_groups
+from tnc.siblings import part_siblings, sibling_groups
 from tnc.ties import distinct_bits
 
 transformers = pytest.importorskip("transformers")
@@ -123,3 +126,50 @@ def test_shared_layers_train_and_compile(calibrated):
     assert right.grad is not None
     compiled = torch.compile(lambda x: q(x).sum() + k(x).sum(), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), q(x).sum() + k(x).sum())
+
+
+GROUPS = [[f"model.layers.{i}.{name}" for name in names]
+          for i in range(2) for names in (ATTENTION, ("mlp.gate_proj", "mlp.up_proj"))]  # fmt: skip
+
+
+def test_layers_of_one_input_are_siblings_and_say_so(calibrated, tmp_path):
+    model, stats = calibrated
+    small = compressed(calibrated)
+    assert sibling_groups(small) == GROUPS
+    for name, layer in layers(small).items():
+        group = next((names for names in GROUPS if name in names), None)
+        assert (f"one input for {', '.join(group)}: once for all: R x" in layer.explain()) if group else True
+    ids = torch.arange(20).reshape(2, 10)
+    path = tnc.save_checkpoint(small, tmp_path / "small")
+    again = tnc.load_checkpoint(path)
+    assert sibling_groups(again) == GROUPS == sibling_groups(copy.deepcopy(again))
+    with torch.no_grad():
+        together = small(ids).logits
+        assert torch.equal(again(ids).logits, together)
+        part_siblings(small)
+        torch.testing.assert_close(small(ids).logits, together, rtol=1e-4, atol=1e-5)
+    apart = tnc.compress(model, tnc.recipe("rtn", bits=4, group_size=16), stats=stats)
+    assert sibling_groups(apart) == GROUPS and "nothing in common" in layers(apart)[GROUPS[0][0]].explain()
+    assert sibling_groups(tnc.compress(model, tnc.recipe("rtn", bits=4, group_size=16))) == []
+    some = tnc.compress(model, tnc.recipe("rtn", bits=4, group_size=16), stats=stats, exclude=["*k_proj", "*up_proj"])
+    assert sibling_groups(some) == [[n for n in names if "k_proj" not in n] for names in GROUPS[::2]]
+
+
+def test_siblings_in_a_checkpoint_are_checked_and_may_be_missing(calibrated, tmp_path):
+    path = tnc.save_checkpoint(compressed(calibrated), tmp_path / "small")
+    manifest = json.loads((path / "tnc.json").read_text())
+    assert manifest.pop("siblings") == GROUPS
+    (path / "tnc.json").write_text(json.dumps(manifest))
+    assert sibling_groups(tnc.load_checkpoint(path)) == []
+    for wrong in ([["model.layers.0.self_attn.q_proj", "model.norm"]], [["nowhere", "else"]], 3):
+        (path / "tnc.json").write_text(json.dumps(manifest | {"siblings": wrong}))
+        with pytest.raises(CheckpointError, match=r"the siblings in tnc.json of .* are not those of its layers"):
+            tnc.load_checkpoint(path)
+
+
+def test_layers_that_borrowed_moments_are_nobodys_siblings(calibrated):
+    _, stats = calibrated
+    names = GROUPS[0]
+    noted = {name: replace(stats[name], notes=("no calibration token reached this layer",)) for name in names[:1]}
+    assert input_groups({name: stats[name] for name in names} | noted) == [names[1:]]
+    assert input_groups(dict.fromkeys(names)) == []

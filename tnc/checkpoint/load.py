@@ -16,6 +16,7 @@ from tnc.embedding import FactoredEmbedding
 from tnc.errors import CheckpointError, TNCError
 from tnc.experts import fused_experts, unfuse_experts
 from tnc.modules import FactoredLinear
+from tnc.siblings import join_siblings
 from tnc.terms import Expression, from_spec, map_tensors
 from tnc.ties import keep_ties
 
@@ -54,6 +55,7 @@ def load_checkpoint(
     for name, layer in manifest["layers"].items():
         _swap(skeleton, name, layer, _operator(folder, name, layer, tensors))
     _assign(folder, skeleton, tensors, manifest["tied"])
+    _join(folder, skeleton, manifest)
     skeleton.tnc_recipe = manifest.get("recipe")  # type: ignore[assignment]
     return skeleton.to(device).eval()
 
@@ -134,6 +136,14 @@ def _assign(folder: Path, model: nn.Module, tensors: dict[str, Tensor], tied: Ma
             f"the model given has buffers on meta that no checkpoint stores, the first {empty[0]!r}; build it on "
             "the CPU (its parameters may be on meta)."
         )
+
+
+def _join(folder: Path, model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Siblings as they were saved; earlier checkpoints name none."""
+    try:
+        join_siblings(model, manifest.get("siblings", []))
+    except (TNCError, TypeError) as error:
+        raise CheckpointError(f"the siblings in tnc.json of {folder} are not those of its layers: {error}") from error
 
 
 def _get(model: nn.Module, key: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 Keys of version 1: ``format_version``, ``tnc_version``, ``base``, ``recipe``, ``dtype`` (of the uncompressed
 parameters), ``layers`` (name to ``shape``, ``bias``, ``spec`` (of the expression), ``tensors`` (name in the
-expression to key in the state dict), ``report``), ``tied`` (key to the key it shares), ``files``, ``tensors``.
+expression to key in the state dict), ``report``), ``tied`` (key to the key it shares), ``files``, ``tensors``; and
+``siblings`` (names of the layers of every group with one input), which may be missing.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from tnc.checkpoint.shards import write_shards
 from tnc.embedding import FactoredEmbedding
 from tnc.errors import CheckpointError
 from tnc.modules import FactoredLinear
+from tnc.siblings import sibling_groups
 
 # Room for headers, tnc.json, config and tokenizer files in the check of free space.
 _EXTRA_BYTES = 1 << 20
@@ -71,7 +72,7 @@ def save_checkpoint(
             "tnc_version": _version(), "base": base,
             "recipe": getattr(model, "tnc_recipe", None) if recipe is None else recipe, "dtype": _dtype(model),
             "layers": {name: _describe(name, layer, notes.get(name)) for name, layer in layers.items()},
-            "tied": tied, "files": files, "tensors": records,
+            "tied": tied, "files": files, "tensors": records, "siblings": sibling_groups(model),
         }  # fmt: skip
         write_manifest(folder, fields)
         _write_companions(model, tokenizer, folder)

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from tnc.kernels import composed, einsum, mpo, qlr_cpu, reference
 from tnc.kernels.einsum import Plan, plan
-from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, backends, choose, register_kernel
+from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, Timed, backends, choose, register_kernel
 
 if find_spec("triton") is not None:  # the optional rows of the table
     from tnc.kernels import experts_group, hadamard, low_rank, mpo2, mpo3, qlr  # noqa: F401
@@ -16,6 +16,7 @@ __all__ = [
     "Plan",
     "Repacking",
     "Tensors",
+    "Timed",
     "backends",
     "choose",
     "composed",

@@ -19,11 +19,15 @@ from torch import Tensor
 from tnc.kernels.applied import Applied, is_applied
 from tnc.kernels.applied import applied as applied_leaf
 from tnc.kernels.q_plus_lr import q_plus_lr
-from tnc.kernels.table import Bound, Kernel, Repacking, Tensors, choose, refusal_of, register_kernel
+from tnc.kernels.table import Bound, Kernel, Repacking, Tensors, Timed, choose, refusal_of, register_kernel
 from tnc.terms import Diagonal, Expression, Product, Sum
 
 NAME = "composed"
 _PLAIN = ("einsum", "reference")  # what serves everything, and is no reason to compose
+_SHOWN = (1, 16)  # tokens whose predicted times are described
+# Microseconds on one H200 (docs/kernels.md): a small operation; of a rotation the launch, an entry of a row, and an
+# operation of the two products of signs, within a half of the times measured at 4096 to 14336 features.
+_CALL, _TURN, _ENTRY, _FLOP = 4.4, 3.5, 5e-4, 3.5e-8
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,35 @@ class Part:
 
     def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
         """(tokens, in_features) to (tokens, out_features), in the dtype of ``x``."""
-        return self.kernel(x, self._inner(tensors))
+        return self.kernel(x, self.own(tensors))
 
     def pack(self, tensors: Tensors) -> dict[str, Tensor]:
         """The piece's tensors, of those of the whole, in the kernel's layout."""
-        inner = self._inner(tensors)
+        inner = self.own(tensors)
         return self._outer(self.kernel.pack(inner) if isinstance(self.kernel, Repacking) else inner)
 
     def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
         """Inverse of `pack`."""
-        inner = self._inner(tensors)
+        inner = self.own(tensors)
         return self._outer(self.kernel.unpack(inner) if isinstance(self.kernel, Repacking) else inner)
+
+    def microseconds(self, tokens: int, device: torch.device) -> float | None:
+        """Predicted time on a GPU; ``None`` where nothing like it was measured."""
+        if isinstance(self.kernel, Timed):
+            return self.kernel.microseconds(tokens, device)
+        if not isinstance(self.kernel, Applied) or device.type != "cuda":
+            return None
+        if self.kernel.spec["kind"] != "hadamard":
+            return _CALL
+        size, block = self.kernel.spec["shape"][0], prod(self.kernel.spec["factors"])
+        return float(_TURN + _ENTRY * size + _FLOP * tokens * 4 * size * block**0.5)
 
     def describe(self) -> str:
         """What runs."""
         return self.kernel.describe() if self.row == "transform" else f"{self.row} ({self.kernel.describe()})"
 
-    def _inner(self, tensors: Tensors) -> dict[str, Tensor]:
+    def own(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The piece's tensors by their names in it, of those of the whole."""
         return {inner + name.removeprefix(outer): tensor for name, tensor in tensors.items()
                 for inner, outer in self.names if name.startswith(outer)}  # fmt: skip
 
@@ -78,10 +94,12 @@ class Composed:
     Attributes:
         parts: of a product the last factor first, which meets x first.
         added: whether the outputs are added.
+        device: where it runs.
     """
 
     parts: tuple[Part, ...]
     added: bool
+    device: torch.device
 
     def pack(self, tensors: Tensors) -> dict[str, Tensor]:
         """Every part's layout; what no kernel repacks is the same tensor."""
@@ -102,9 +120,18 @@ class Composed:
                 y = part(y, tensors)
         return y.reshape(*batch, y.shape[-1])
 
+    def microseconds(self, tokens: int, device: torch.device) -> float | None:
+        """Predicted time: the sum over the parts, and of a sum the additions."""
+        times = [part.microseconds(tokens, device) for part in self.parts]
+        known = [time for time in times if time is not None]
+        return sum(known) + _CALL * (len(known) - 1) * self.added if len(known) == len(times) else None
+
     def describe(self) -> str:
-        """The parts in order."""
-        return (" + " if self.added else ", then ").join(part.describe() for part in self.parts)
+        """The parts in order, and the predicted times where they are known."""
+        parts = (" + " if self.added else ", then ").join(part.describe() for part in self.parts)
+        times = [(tokens, self.microseconds(tokens, self.device)) for tokens in _SHOWN]
+        shown = [f"{time:.1f} us for {tokens}" for tokens, time in times if time is not None]
+        return f"{parts}; predicted {', '.join(shown)} tokens" if shown else parts
 
 
 def is_transform(term: Expression) -> bool:
@@ -185,7 +212,7 @@ def bind(operator: Expression, device: torch.device, dtype: torch.dtype) -> Comp
     """The kernel for an operator that is not refused."""
     parts = parts_of(operator, device, dtype)
     assert not isinstance(parts, str), parts
-    return Composed(parts, isinstance(operator, Sum))
+    return Composed(parts, isinstance(operator, Sum), device)
 
 
 register_kernel(Kernel(NAME, _serves, bind, priority=30, delegates=True))

@@ -44,11 +44,19 @@ def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr
     STEPS: tl.constexpr = ((K + 63) // 64 + KS - 1) // KS
     acc = tl.zeros((BM, RB), tl.float32)
     grid_wait(PDL)
-    for step in range(chunk * STEPS, (chunk + 1) * STEPS):
-        k = step * 64 + tl.arange(0, 64)
+    if (
+        STEPS == 1
+    ):  # no loop: LLVM unrolls it and puts the zeros of acc behind the fence of wgmma, which loses the product
+        k = chunk * 64 + tl.arange(0, 64)
         a = tl.load(x + m.to(tl.int64) * K + k[None, :], mask=(m < M) & (k < K)[None, :], other=0.0)
         b = tl.load(right + safe[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0.0)
         acc = dot(a, b.to(a.dtype), acc, F32)
+    else:
+        for step in range(chunk * STEPS, (chunk + 1) * STEPS):
+            k = step * 64 + tl.arange(0, 64)
+            a = tl.load(x + m.to(tl.int64) * K + k[None, :], mask=(m < M) & (k < K)[None, :], other=0.0)
+            b = tl.load(right + safe[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0.0)
+            acc = dot(a, b.to(a.dtype), acc, F32)
     acc = tl.where((rank < RANK)[None, :], acc, 0.0)
     if KS > 1:
         tl.store(slab + (chunk * BM + m) * RK + rank[None, :], acc)

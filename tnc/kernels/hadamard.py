@@ -17,7 +17,7 @@ from torch import Tensor
 from tnc.hadamard import hadamard_matrix
 from tnc.kernels.applied import FUSED
 from tnc.kernels.hadamard_kernels import hadamard as hadamard_kernel
-from tnc.kernels.launch import INTERPRETED, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, on_its_device, overlaps, tile_of
 from tnc.kernels.table import Tensors
 from tnc.terms import Hadamard, Spec
 
@@ -41,6 +41,7 @@ def _signs_matrix(factors: tuple[int, ...], device: torch.device) -> Tensor:
     return matrix.contiguous().to(device)
 
 
+@on_its_device
 def _launch(x: Tensor, signs: Tensor, factors: tuple[int, ...], inverse: bool) -> Tensor:
     found = sides(factors)
     assert found is not None, "checked before"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, Protocol
 
 import torch
 from torch import Tensor
 
 from tnc.errors import BackendError
 
+P = ParamSpec("P")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ARENA = 1 << 20  # counters set aside a device for captured graphs: 4 MB
 
@@ -75,6 +79,43 @@ class Counters:
 def counters(device: torch.device) -> Counters:
     """The counters of a device; made on first use, which must not be inside a graph capture."""
     return Counters(device)
+
+
+class _Placed(Protocol):
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+
+
+def on_its_device(launch: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """A launch with the device of its first argument as the current one, where Triton launches."""
+
+    @wraps(launch)
+    def placed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        first: _Placed = args[0]  # type: ignore[assignment]
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return launch(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(*args, **kwargs)
+
+    return placed
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:  # noqa: ANN401
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+
+
+def capture_of(stream: int) -> int | None:
+    """Number of the graph capture that a CUDA stream is in, a new one for each; ``None`` if it cannot be told."""
+    ask = _driver()
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    if ask is None or ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None) != 0:
+        return None
+    return number.value if status.value == 1 else None
 
 
 def unsuited(device: torch.device) -> str | None:

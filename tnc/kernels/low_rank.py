@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of, unsuited
+from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, on_its_device, overlaps, tile_of, unsuited
 from tnc.kernels.low_rank_kernels import low_rank_tile, low_rank_vector
 from tnc.kernels.table import Kernel, Tensors, register_kernel
-from tnc.kernels.tuned import tuned
+from tnc.kernels.tuned import predicted, tuned
 from tnc.terms import Expression, LowRank
 
 VECTOR_TOKENS = 2
@@ -21,6 +21,7 @@ TILE_TOKENS = 32  # beyond, two cuBLAS products
 MOST_RANK = 2048
 
 
+@on_its_device
 def vector(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """One or two tokens by float32 FMA."""
     (rows, rank), columns, tokens = left.shape, right.shape[1], x.shape[0]
@@ -40,6 +41,7 @@ def vector(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def tile(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Up to 32 tokens by tensor cores."""
     (rows, rank), columns, tokens = left.shape, right.shape[1], x.shape[0]
@@ -95,13 +97,24 @@ low_rank.register_autograd(_backward, setup_context=_setup)
 
 @dataclass(frozen=True)
 class OneLaunch:
-    """The kernel bound to a `LowRank`."""
+    """The kernel bound to a `LowRank` of these sizes."""
+
+    rows: int
+    columns: int
+    rank: int
 
     def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype of ``x``."""
         *batch, columns = x.shape
         y: Tensor = low_rank(x.reshape(math.prod(batch), columns), tensors["left"], tensors["right"])
         return y.reshape(*batch, y.shape[-1])
+
+    def microseconds(self, tokens: int, device: torch.device) -> float | None:
+        """Predicted time of the launch; ``None`` where it is two products."""
+        if device.type != "cuda" or not 0 < tokens <= TILE_TOKENS:
+            return None
+        kernel = "low_rank_vector" if tokens <= VECTOR_TOKENS else "low_rank_tile"
+        return predicted(kernel, device, rows=self.rows, columns=self.columns, rank=self.rank, tokens=tokens)
 
     def describe(self) -> str:
         """What runs, by tokens."""
@@ -123,7 +136,8 @@ def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> s
 
 def bind(operator: Expression) -> OneLaunch:
     """The kernel; everything else is in the tensors."""
-    return OneLaunch()
+    assert isinstance(operator, LowRank), "refused before"
+    return OneLaunch(*operator.shape, operator.rank)
 
 
 register_kernel(Kernel("low_rank", _serves, bind, priority=50))

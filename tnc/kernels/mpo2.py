@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.kernels.launch import INTERPRETED, counters, overlaps, tile_of, unsuited
+from tnc.kernels.launch import INTERPRETED, counters, on_its_device, overlaps, tile_of, unsuited
 from tnc.kernels.mpo_kernels import mpo2 as mpo2_kernel
 from tnc.kernels.rebuild_kernels import rebuild_mpo2
 from tnc.kernels.table import Kernel, Tensors, register_kernel
@@ -21,6 +21,7 @@ FUSED = 8192  # tokens x bond up to which the fused kernel beats rebuilding (128
 MOST_MODE = 128
 
 
+@on_its_device
 def fused(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """X (tokens, in_features) through cores (1, o1, i1, D) and (D, o2, i2, 1)."""
     (_, o1, i1, bond), (_, o2, i2, _) = first.shape, second.shape
@@ -45,6 +46,7 @@ def fused(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return y
 
 
+@on_its_device
 def rebuild(first: Tensor, second: Tensor) -> Tensor:
     """The matrix (o1 o2, i1 i2), summed in float32 and rounded once to the cores' dtype."""
     (_, o1, i1, bond), (_, o2, i2, _) = first.shape, second.shape

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -14,8 +16,9 @@ from tnc.kernels.launch import unsuited
 from tnc.kernels.lookup import level_tensor
 from tnc.kernels.q_plus_lr import q_plus_lr
 from tnc.kernels.qlr_launch import Packed
-from tnc.kernels.qlr_ops import TALL_COLUMNS, TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr
+from tnc.kernels.qlr_ops import TALL_COLUMNS, TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr, together
 from tnc.kernels.table import Kernel, Tensors, register_kernel
+from tnc.kernels.tuned import predicted
 from tnc.terms import Expression, Product, Quantized, Spec, from_spec
 
 _WORDS = ("low", "high", "groups", "gain")
@@ -34,12 +37,15 @@ class QLR:
         prefix: of the quantized term's tensor names in the operator.
         factors: prefix of the low-rank term's names; ``None`` without one.
         product: spec of a low-rank term with quantized factors; ``None`` for stored L and R.
+        rows, rank: sizes beside the base's columns.
     """
 
     base: Base
     prefix: str
     factors: str | None
     product: Spec | None = None
+    rows: int = 0
+    rank: int = 0
 
     def pack(self, tensors: Tensors) -> dict[str, Tensor]:
         """Words in the place of codes, scale and zero; the other tensors as they are."""
@@ -79,6 +85,37 @@ class QLR:
         left, right = (p.left, p.right) if self.factors is not None else (p.left.to(x.dtype), p.right.to(x.dtype))
         y: Tensor = qlr(rows, p.low, p.high, p.groups, left, right, p.gain, p.bits, p.group, p.scale, p.table)
         return y.reshape(*batch, y.shape[-1])
+
+    def microseconds(self, tokens: int, device: torch.device) -> float | None:
+        """Predicted time of the launch; ``None`` where the weight is rebuilt."""
+        if device.type != "cuda" or not 0 < tokens <= TILE_TOKENS:
+            return None
+        sizes = {"rows": self.rows, "columns": self.base.columns, "rank": self.rank, "bits": self.base.bits}
+        kernels = ["qlr_vector"] * (tokens <= VECTOR_TOKENS) + ["qlr_tile"] * (tokens > 1)
+        return min(predicted(kernel, device, **sizes, tokens=tokens) for kernel in kernels)
+
+    def alike(self, tensors: Tensors) -> Hashable:
+        """Operators of one x for which this is equal can go in one launch; ``tensors`` as `pack` gives them."""
+        return self.packed(tensors).alike
+
+    def right(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        """What R is stored as."""
+        if self.factors is None:
+            return ()
+        first = self.factors + ("right" if self.product is None else "1.")
+        return tuple(tensor for name, tensor in tensors.items() if name.startswith(first))
+
+    def joint(self, x: Tensor, others: Sequence[QLR], tensors: Sequence[Tensors]) -> list[Tensor] | None:
+        """The answers of this operator and the ``others`` to x (tokens, in_features), where one launch gives them.
+
+        R x is made once if all have the same R.
+        """
+        members = [each.packed(held) for each, held in zip((self, *others), tensors, strict=True)]
+        rights = [each.right(held) for each, held in zip((self, *others), tensors, strict=True)]
+        right = members[0].right.contiguous()
+        same = all(len(a) == len(b) and all(s is t for s, t in zip(a, b, strict=True)) for a, b in pairwise(rights))
+        members = [replace(p, left=p.left.contiguous(), right=right if same else p.right.contiguous()) for p in members]
+        return together(x.contiguous(), members)
 
     def describe(self) -> str:
         """What runs, by tokens, and the size of what it reads."""
@@ -132,8 +169,12 @@ def bind(operator: Expression) -> QLR:
     """The kernel for an operator that is not refused."""
     parts = q_plus_lr(operator)
     assert parts is not None, "refused before"
-    product = parts.low_rank.spec() if isinstance(parts.low_rank, Product) else None
-    return QLR(Base.of(parts.quantized), parts.base, parts.factors, product)
+    product, rank = None, 0
+    if isinstance(parts.low_rank, Product):
+        product, rank = parts.low_rank.spec(), parts.low_rank.terms[0].shape[1]
+    elif parts.low_rank is not None:
+        rank = parts.low_rank.rank
+    return QLR(Base.of(parts.quantized), parts.base, parts.factors, product, operator.shape[0], rank)
 
 
 register_kernel(Kernel("qlr", _serves, bind, priority=50))

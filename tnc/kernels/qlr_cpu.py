@@ -169,11 +169,22 @@ class CpuQLR:
         """(..., in_features) to (..., out_features), in the dtype of ``x``; ``tensors`` as `pack` gives them."""
         *batch, columns = x.shape
         rows = x.reshape(prod(batch), columns)
-        y: Tensor = qlr_cpu(rows, tensors["words"], tensors["steps"], tensors["zeros"], self.format.bits)
-        if self.factors is not None:
-            left, right = (tensors[self.factors + name].to(x.dtype) for name in ("left", "right"))
-            y = y + linear(linear(rows, right), left)
+        inner = None if self.factors is None else self.inner(rows, tensors)
+        y = self.outer(rows, inner, tensors)
         return y.reshape(*batch, y.shape[-1])
+
+    def right(self, tensors: Tensors) -> tuple[Tensor, ...]:
+        """What R is stored as."""
+        return () if self.factors is None else (tensors[f"{self.factors}right"],)
+
+    def inner(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """R x: (tokens, in_features) to (tokens, rank)."""
+        return linear(x, tensors[f"{self.factors}right"].to(x.dtype))
+
+    def outer(self, x: Tensor, inner: Tensor | None, tensors: Tensors) -> Tensor:
+        """The answer to x (tokens, in_features) where R x is known; ``None`` without a low-rank term."""
+        y: Tensor = qlr_cpu(x, tensors["words"], tensors["steps"], tensors["zeros"], self.format.bits)
+        return y if inner is None else y + linear(inner, tensors[f"{self.factors}left"].to(x.dtype))
 
     def describe(self) -> str:
         """What runs, by tokens."""

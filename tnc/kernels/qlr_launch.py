@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, on_its_device, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
 from tnc.kernels.qlr_tile_kernel import qlr_tile
 from tnc.kernels.qlr_vector_kernel import qlr_vector
@@ -53,10 +53,16 @@ class Packed:
         return self.low.shape[1], self.right.shape[1], self.left.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.low.device
+
+    @property
     def alike(self) -> tuple[object, ...]:
         """What operators of one launch have in common."""
         _, columns, rank = self.shape
-        return self.bits, self.group, self.scale, self.table, self.gain is None, columns, rank > 0
+        dtypes = self.left.dtype, self.right.dtype
+        return self.bits, self.group, self.scale, self.table, self.gain is None, columns, rank > 0, dtypes
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def stride_of(blocks: int, splits: int, producers: int, programs: int) -> int:
     return math.ceil(blocks / math.ceil(blocks / together))
 
 
+@on_its_device
 def vector(x: Tensor, *members: Packed) -> Tensor:
     """One or two tokens (M, in_features) to (M, out_features) of each operator, one after another in (M, rows)."""
     packed, tokens = members[0], x.shape[0]
@@ -157,6 +164,7 @@ def vector(x: Tensor, *members: Packed) -> Tensor:
     return y
 
 
+@on_its_device
 def tile(x: Tensor, *members: Packed) -> Tensor:
     """Up to 64 tokens (M, in_features) to (M, out_features) of each operator, one after another in (M, rows)."""
     packed, tokens = members[0], x.shape[0]
@@ -187,6 +195,7 @@ def tile(x: Tensor, *members: Packed) -> Tensor:
     return y
 
 
+@on_its_device
 def rebuild(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight (out_features, in_features) in ``dtype``, added in float32 and rounded once."""
     rows, columns, rank = packed.shape

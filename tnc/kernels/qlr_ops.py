@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,20 +41,40 @@ def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
     return weight + packed.left.to(dtype) @ packed.right.to(dtype)
 
 
+def fused(tokens: int, dtype: torch.dtype, members: Sequence[Packed]) -> Callable[..., Tensor] | None:
+    """The launch that is fastest for so many tokens of operators of one x; ``None`` where it is a multiplication."""
+    _, columns, rank = members[0].shape
+    if tokens == 0 or dtype == torch.float64:
+        return None
+    if tokens == 1 or (tokens <= VECTOR_TOKENS and (dtype == torch.float32 or faster(members[0], tokens))):
+        return vector
+    rank = max(packed.shape[2] for packed in members)
+    tall = tokens <= TALL_TOKENS and rank <= TALL_RANK and columns >= TALL_COLUMNS
+    return tile if (tokens <= TILE_TOKENS or tall) and dtype != torch.float32 else None
+
+
 def run(x: Tensor, packed: Packed) -> Tensor:
     """(tokens, in_features) to (tokens, out_features): the kernel that is fastest for this many tokens."""
-    tokens = x.shape[0]
-    if tokens == 0:
+    launch = fused(x.shape[0], x.dtype, (packed,))
+    if launch is not None:
+        return launch(x, packed)
+    if x.shape[0] == 0:
         return x.new_empty(0, packed.shape[0])
     if x.dtype == torch.float64:
         return linear(x, dense(packed, x.dtype))
-    if tokens == 1 or (tokens <= VECTOR_TOKENS and (x.dtype == torch.float32 or faster(packed, tokens))):
-        return vector(x, packed)
-    _, columns, rank = packed.shape
-    tall = tokens <= TALL_TOKENS and rank <= TALL_RANK and columns >= TALL_COLUMNS
-    if (tokens <= TILE_TOKENS or tall) and x.dtype != torch.float32:
-        return tile(x, packed)
     return linear(x, rebuild(packed, x.dtype))
+
+
+def together(x: Tensor, members: Sequence[Packed]) -> list[Tensor] | None:
+    """(tokens, out_features) of each operator that is `Packed.alike`, by one launch; ``None`` where none is fastest.
+
+    The outputs share memory, one after another.
+    """
+    launch = fused(x.shape[0], x.dtype, members)
+    if launch is None:
+        return None
+    parts = torch.split(launch(x, *members).flatten(), [x.shape[0] * packed.shape[0] for packed in members])
+    return [part.view(x.shape[0], -1) for part in parts]
 
 
 @torch.library.custom_op("tnc::qlr", mutates_args=())

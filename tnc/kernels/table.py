@@ -47,6 +47,14 @@ class Repacking(Bound, Protocol):
         """Inverse of `pack`, bit for bit."""
 
 
+@runtime_checkable
+class Timed(Bound, Protocol):
+    """A bound kernel that predicts its time from measured ones."""
+
+    def microseconds(self, tokens: int, device: torch.device) -> float | None:
+        """For so many tokens, cold weights; ``None`` where nothing like it was measured."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One row of the table.

@@ -23,10 +23,11 @@ from tnc.models.calibrate import Batch, calibrate, iter_block_stats
 from tnc.models.layers import select_layers, weight_of
 from tnc.models.pooling import at_rank, pooled_layer, stored_in
 from tnc.models.round_blocks import not_rounded, round_blocks
-from tnc.models.sharing import sharing_groups
+from tnc.models.sharing import input_groups, sharing_groups
 from tnc.models.useful_ranks import check_ranks, forces_rank, served_by
 from tnc.modules import FactoredLinear
 from tnc.planning import Chosen, pooled_ranks
+from tnc.siblings import join_siblings
 from tnc.stats import LayerStats
 from tnc.terms import Expression, map_tensors
 from tnc.ties import share_tensors
@@ -89,7 +90,8 @@ def compress(
             layers without one stay dense.
 
     Returns:
-        The model with `FactoredLinear` layers, each with a ``report``; `ModelReport.of` collects them.
+        The model with `FactoredLinear` layers, each with a ``report``; `ModelReport.of` collects them. Layers that
+        calibration saw with one input are siblings (`tnc.siblings`) and compute what they have in common once.
 
     Raises:
         ModelError, StatsError, NonFiniteError, FormatError, RankError, BudgetError: before any layer of the
@@ -126,8 +128,9 @@ def compress(
     chooser = _Uniform(recipe, layers, stats, dtype) if isinstance(recipe, Recipe) else recipe
     options |= {"sequential": sequential, "asymmetric": sequential and _aims_at_dense(recipe)}
     groups = _groups(target, layers, batches, stats, options)
-    done = 0
+    done, siblings = 0, []
     for group in groups:
+        siblings += input_groups(group)
         weights = {name: weight_of(layers[name]).detach() for name in group}
         recipes = chooser.recipes_of(weights, group, dtype)
         for names in sharing_groups(recipes, group) if bases is None else [[name] for name in group]:
@@ -146,6 +149,7 @@ def compress(
             share_tensors([target.get_submodule(n) for n in names], [each.operator for each in found])  # type: ignore[misc]
     if steps:
         _round_blocks(target, batches, teacher, stats, steps, seed, progress)
+    join_siblings(target, siblings)
     target.tnc_recipe = recipe.describe()  # type: ignore[assignment]
     return target
 

@@ -1,4 +1,4 @@
-"""Which layers of a model see the same inputs, so that they can share a right factor."""
+"""Which layers of a model see the same inputs: they can share a right factor, and run as siblings."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def sharing_groups(recipes: Mapping[str, Recipe], stats: Mapping[str, LayerStats
         key = (id(each.inputs), repr(recipe.stages), recipe.sweeps) if together and each is not None else (name,)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def input_groups(stats: Mapping[str, LayerStats | None]) -> list[list[str]]:
+    """Names of layers that calibration saw with one input, two and more together.
+
+    Layers with notes are left out: an expert that no token reached has the moments of others.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, each in stats.items():
+        if each is not None and not each.notes:
+            groups.setdefault(id(each.inputs), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]

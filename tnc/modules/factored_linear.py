@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tnc.errors import BackendError, ShapeError
+from tnc.errors import ShapeError
 from tnc.kernels import Bound, Repacking, choose
-from tnc.terms import Expression, Product, Quantized, Sum, from_spec
+from tnc.modules.checks import check_bias, check_one_device
+from tnc.modules.siblings import Siblings
+from tnc.modules.stored import Tie, copied, expected_dtype, named_tensors, packed_name, relayout
+from tnc.terms import Expression, Product, Sum, from_spec
 
 
 class FactoredLinear(nn.Module):
@@ -46,8 +49,8 @@ class FactoredLinear(nn.Module):
     def __init__(self, operator: Expression, bias: Tensor | None = None, *, backend: str = "auto") -> None:
         super().__init__()
         self.report = None
-        _check_bias(bias, operator)
-        _check_one_device(operator, bias)
+        check_bias(bias, operator)
+        check_one_device(operator, bias)
         self._spec = operator.spec()
         self._shape = operator.shape
         self._backend = backend
@@ -55,12 +58,14 @@ class FactoredLinear(nn.Module):
         self._repacked = False  # whether the tensors are in the kernel's layout
         self._packed: tuple[str, ...] = ()  # names of those that stand in the place of the operator's
         self._ties: dict[str, Tie] = {}
+        self._siblings: Siblings | None = None
+        self._place = 0  # among the siblings
         self._stored = {name: name.replace(".", "_") for name in operator.tensors()}
         assert len(set(self._stored.values())) == len(self._stored), "stored names must differ"
-        for name, tensor, trainable in _named_tensors(operator):
+        for name, tensor, trainable in named_tensors(operator):
             self._store(self._stored[name], tensor, trainable)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(_copy(bias)))
-        self._dtype = _expected_dtype(operator, bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(copied(bias)))
+        self._dtype = expected_dtype(operator, bias)
         self._bind()
 
     @classmethod
@@ -134,13 +139,18 @@ class FactoredLinear(nn.Module):
             )
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
+            cast = x.to(torch.get_autocast_dtype(kind))
             with torch.autocast(kind, enabled=False):  # kernels choose the dtype of every step themselves
-                return self._applied(x)
-        return self._applied(x)
+                return self._applied(cast, x)
+        return self._applied(x, x)
 
-    def _applied(self, x: Tensor) -> Tensor:
-        y = self._kernel(x, self._tensors())
+    def _applied(self, x: Tensor, given: Tensor) -> Tensor:
+        """The answer to x; siblings know it by the tensor that was given, if it is that one."""
+        y = None
+        if self._siblings is not None and not torch.compiler.is_compiling() and x is given:
+            y = self._siblings.answer(self._place, self, x)
+        if y is None:
+            y = self._kernel(x, self._tensors())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
@@ -166,6 +176,8 @@ class FactoredLinear(nn.Module):
             lines.append(f"    {candidate.name}: {verdict}: {candidate.reason}")
             if candidate.chosen:
                 lines.append(f"      {self._kernel.describe()}")
+        if self._siblings is not None:
+            lines.append(f"  {self._siblings.describe()}")
         return "\n".join(lines)
 
     def extra_repr(self) -> str:
@@ -187,17 +199,37 @@ class FactoredLinear(nn.Module):
             self._ties[self._stored[name]] = tie
         self._bind()
 
+    @property
+    def siblings(self) -> Siblings | None:
+        """The group of layers that are called with the same input, if the layer is in one."""
+        return self._siblings
+
+    def join(self, siblings: Siblings | None, place: int = 0) -> None:
+        """Be the layer at ``place`` of a group, or of none."""
+        self._siblings, self._place = siblings, place
+        if siblings is not None:
+            siblings.join(place, self)
+
+    def expects(self) -> torch.dtype:
+        """Dtype expected of ``x``."""
+        return self._dtype
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy joins the copy of the group."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.join(self._siblings, self._place)
+
     def _store(self, name: str, tensor: Tensor, trainable: bool) -> None:
         if trainable:
-            self.register_parameter(name, nn.Parameter(_copy(tensor)))
+            self.register_parameter(name, nn.Parameter(copied(tensor)))
         else:
-            self.register_buffer(name, _copy(tensor))
+            self.register_buffer(name, copied(tensor))
 
     def _tensors(self) -> dict[str, Tensor]:
         """What the kernel is called with: the operator's tensors, or the kernel's own layout."""
         held = {name: getattr(self, stored) for name, stored in self._stored.items()}
         kept = {name: tensor for name, tensor in held.items() if tensor is not None}
-        return kept | {name: getattr(self, _packed(name)) for name in self._packed}
+        return kept | {name: getattr(self, packed_name(name)) for name in self._packed}
 
     def _portable(self) -> dict[str, Tensor]:
         """The operator's tensors."""
@@ -213,6 +245,8 @@ class FactoredLinear(nn.Module):
         self._bind()
 
     def _bind(self) -> None:
+        if self._siblings is not None:
+            self._siblings.changed()
         self._bound_device = self._device()
         operator = from_spec(self._spec, self._tensors())
         self._kernel, self._candidates = choose(operator, self._bound_device, self._dtype, backend=self._backend)
@@ -231,11 +265,11 @@ class FactoredLinear(nn.Module):
             if name not in packed:
                 self.register_buffer(stored, None)
             else:
-                _relayout(getattr(self, stored), packed[name])
+                relayout(getattr(self, stored), packed[name])
         self._packed = tuple(name for name in packed if name not in self._stored)
         self._repacked = True
         for name in self._packed:
-            self.register_buffer(_packed(name), packed[name], persistent=False)
+            self.register_buffer(packed_name(name), packed[name], persistent=False)
         for stored in [stored for stored, buffer in self._buffers.items() if buffer is None]:
             self._buffers[stored] = self._buffers.pop(
                 stored
@@ -250,9 +284,9 @@ class FactoredLinear(nn.Module):
             if getattr(self, stored) is None:
                 self.register_buffer(stored, portable[name])
             else:
-                _relayout(getattr(self, stored), portable[name])
+                relayout(getattr(self, stored), portable[name])
         for name in self._packed:
-            delattr(self, _packed(name))
+            delattr(self, packed_name(name))
         self._packed, self._repacked = (), False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLinear:
@@ -287,67 +321,6 @@ class FactoredLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if repacked or self._device() != self._bound_device:
             self._bind()
-
-
-def _relayout(held: Tensor, wanted: Tensor) -> None:
-    """Give a held tensor the memory of ``wanted``, which has its values in another order; it stays the same object."""
-    if held.data_ptr() != wanted.data_ptr() or held.stride() != wanted.stride():
-        held.data = wanted.detach()
-
-
-def _packed(name: str) -> str:
-    return f"packed_{name.replace('.', '_')}"
-
-
-class Tie:
-    """One buffer of several layers: the first one moved takes the others along."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def follow(self, moved: Tensor) -> Tensor:
-        """The common buffer on the device of ``moved``."""
-        if self._tensor.device != moved.device or moved.is_meta:
-            self._tensor = moved
-        return self._tensor
-
-
-def _named_tensors(expression: Expression, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
-    """(name, tensor, trainable) of every stored tensor."""
-    if isinstance(expression, (Sum, Product)):
-        for i, term in enumerate(expression.terms):
-            yield from _named_tensors(term, f"{prefix}{i}.")
-        return
-    for name, tensor in expression.tensors().items():
-        yield prefix + name, tensor, tensor.is_floating_point() and not isinstance(expression, Quantized)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _expected_dtype(operator: Expression, bias: Tensor | None) -> torch.dtype:
-    """Dtype expected of ``x`` until it is known: that of the bias, else of the first floating tensor."""
-    tensors = ([] if bias is None else [bias]) + list(operator.tensors().values())
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-
-def _check_bias(bias: Tensor | None, operator: Expression) -> None:
-    if bias is not None and (tuple(bias.shape) != (operator.shape[0],) or not bias.is_floating_point()):
-        raise ShapeError(
-            f"FactoredLinear got a {bias.dtype} bias of shape {tuple(bias.shape)}; expected a floating-point "
-            f"vector ({operator.shape[0]},) for an operator of shape {operator.shape}. Pass its own bias."
-        )
-
-
-def _check_one_device(operator: Expression, bias: Tensor | None) -> None:
-    stored = {**operator.tensors(), **({} if bias is None else {"bias": bias})}
-    places = {name: str(tensor.device) for name, tensor in stored.items()}
-    if len(set(places.values())) > 1:
-        raise BackendError(
-            f"FactoredLinear got tensors on several devices: {places}; expected one. "
-            "Move the operator with tnc.terms.map_tensors, or the layer with .to(device)."
-        )
 
 
 def _outline(expression: Expression) -> str:
