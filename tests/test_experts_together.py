@@ -104,6 +104,8 @@ def test_nothing_is_held_twice_and_the_state_is_portable(tmp_path):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    memory = {tensor.untyped_storage().data_ptr() for name, tensor in after.items() if "experts" in name}
+    assert len(memory) == sum("experts" in name for name in after), "each tensor of the state has memory of its own"
     back = tnc.load_checkpoint(tnc.save_checkpoint(model, tmp_path / "small"))
     again = back.get_submodule("model.layers.0.mlp.experts")
     assert torch.equal(same(again, routed(again)), together)

@@ -43,6 +43,7 @@ class Experts(nn.Module):
         self.add_module("down_proj", _linears(fused, "down_proj"))
         self.gating = _without_parameters(fused)
         self.__dict__ |= _UNGROUPED
+        self.register_state_dict_post_hook(_of_their_own)  # type: ignore[no-untyped-call]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, weighted by the router.
@@ -171,6 +172,16 @@ def unfuse_experts(model: nn.Module, names: Iterable[str] | None = None) -> tupl
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     return tuple(wanted)
+
+
+def _of_their_own(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Give what a group holds memory of its own in a state: writers of files refuse, or drop, tensors that share it."""
+    if isinstance(module._groups, str):
+        return
+    for name, tensor in state.items():
+        shared = isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes
+        if name.startswith(prefix) and shared and not isinstance(tensor, nn.Parameter):
+            state[name] = tensor.clone()
 
 
 def _watched(layer: nn.Module) -> bool:

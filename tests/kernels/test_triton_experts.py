@@ -106,8 +106,8 @@ def test_many_experts_and_few_pairs():
 
 
 @pytest.mark.parametrize("tile", [
-    {"rows": 16, "splits": 1, "chunks": 1, "stages": 1, "warps": 4},
-    {"rows": 64, "splits": 4, "chunks": 3, "stages": 1, "warps": 4},
+    {"rows": 16, "splits": 1, "chunks": 1, "stages": 1, "warps": 4, "programs": 0},
+    {"rows": 64, "splits": 4, "chunks": 3, "stages": 1, "warps": 4, "programs": 4},
 ], ids=["whole", "split"])  # fmt: skip
 @pytest.mark.parametrize("block", [16, 32])
 def test_every_tile_gives_the_same(tile, block):

@@ -110,7 +110,10 @@ def grouped(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: in
 
 
 def launched(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: int, config: dict[str, int]) -> Tensor:
-    """`grouped` with a tile: rows, splits of columns, chunks of t's columns, stages, warps."""
+    """`grouped` with a tile: rows, splits of columns, chunks of t's columns, stages, warps, programs.
+
+    ``programs`` is how many shall fit a multiprocessor, which bounds their registers; 0 is no bound.
+    """
     pairs, rows, columns = order.numel(), stacked.low.shape[2], stacked.columns
     count, experts, share = tiles.shape[1], len(stacked.ranks), pairs // x.shape[0]
     units, blocks = math.ceil(columns / unit_of(stacked.bits)), math.ceil(rows / config["rows"])
@@ -129,8 +132,8 @@ def launched(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: i
         x, *_weights(stacked, torch.int16), level_tensor(stacked.table, x.device), order, tiles, t, parts, slab,
         counters(x.device).take(flags + (count * blocks if splits > 1 else 0)), y, pairs, rows, experts, count, share,
         block, columns, *_decoding(stacked, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks,
-        config["rows"], steps, splits, config["stages"], INTERPRETED,
-        not INTERPRETED, pdl, num_warps=config["warps"], **_options(pdl),
+        config["rows"], steps, splits, config["stages"], INTERPRETED, not INTERPRETED, pdl, num_warps=config["warps"],
+        **(registers(config["programs"], config["warps"]) if config["programs"] else {}), **_options(pdl),
     )  # fmt: skip
     return y
 
