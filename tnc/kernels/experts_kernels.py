@@ -48,10 +48,10 @@ def route(index, order, tiles, P, EXPERTS, TILES, BM, RANKED: tl.constexpr, PB: 
             tl.store(tiles + i + e, -1 + 0 * e, mask=i + e < TILES)
     elif RANKED:
         p = (pid - 1) * PB + tl.arange(0, PB)
-        key = expert_of(index, p, P, EXPERTS).to(tl.int64) * P + p
+        key = expert_of(index, p, P, EXPERTS) * P + p
         rank = tl.zeros((PB,), tl.int32)
         for q0 in tl.range(0, P, QB):
-            other = expert_of(index, q0 + q, P, EXPERTS).to(tl.int64) * P + q0 + q
+            other = expert_of(index, q0 + q, P, EXPERTS) * P + q0 + q
             rank += tl.sum((other[None, :] < key[:, None]).to(tl.int32), 1)
         tl.store(order + rank, p, mask=p < P)
 

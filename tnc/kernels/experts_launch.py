@@ -87,7 +87,7 @@ def order_pairs(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor
     count = worst_tiles(pairs, experts, block)
     order = torch.empty(pairs, dtype=torch.int32, device=index.device)
     tiles = torch.empty(3, count, dtype=torch.int32, device=index.device)
-    ranked = pairs <= _RANKED
+    ranked = pairs <= _RANKED and (experts + 2) * pairs < 2**31
     if not ranked:
         named = torch.where((index < 0) | (index > experts), experts, index)
         order = torch.argsort(named, stable=True).to(torch.int32)
@@ -95,7 +95,7 @@ def order_pairs(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor
     together = 16
     route[(1 + (math.ceil(pairs / together) if ranked else 0),)](
         index, order, tiles, pairs, experts, count, block, ranked, together, tile_of(pairs, most=1024),
-        tile_of(experts + 2, least=32), pdl, num_warps=4, **_options(pdl),
+        tile_of(experts + 2, least=32), pdl, num_warps=8, **_options(pdl),
     )  # fmt: skip
     return order, tiles
 
