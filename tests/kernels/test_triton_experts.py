@@ -9,7 +9,7 @@ from kernels.triton_cases import DEVICE, ROUNDING, inputs, q_plus_lr, rounded
 
 from tnc.formats import number_format
 from tnc.kernels import experts as row
-from tnc.kernels import qlr
+from tnc.kernels import experts_launch, qlr
 from tnc.kernels.experts_launch import Stacked, launched, launched_apart, worst_tiles
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -97,6 +97,15 @@ def test_tables(name):
 def test_sizes_tails_and_ranks(rows, columns, group, ranks):
     cases, stacked = some(ranks, rows=rows, columns=columns, group=group)
     check(cases, stacked, inputs(7, columns, HALF), drawn(14, len(ranks)))
+
+
+def test_counters_are_left_at_zero(counters_taken):
+    """So that the next launch, or the replay of a graph, finds them so."""
+    taken = counters_taken(experts_launch)
+    _, stacked = some((9, 0, 70) * 4, columns=512)
+    for pairs in (4, 40):  # by themselves, in tiles
+        answer(stacked, inputs(pairs // 2, 512, HALF), drawn(pairs, 12, outside=1))
+    assert len(taken) == 2 and all(each.numel() and not each.any() for each in taken)
 
 
 def test_many_experts_and_few_pairs():

@@ -59,6 +59,13 @@ def test_dtypes(dtype):
     check(row, mpo((5, 3, 2), (3, 7, 6), 4, 3, dtype=dtype), inputs(3, 126, dtype))
 
 
+def test_counters_are_left_at_zero(counters_taken):
+    taken = counters_taken(row)
+    case = mpo((3, 2, 4), (7, 3, 5), 6, 4)
+    answer(row, case, inputs(5, case.operator.shape[1], HALF))
+    assert taken and all(each.numel() and not each.any() for each in taken)
+
+
 def test_more_tokens_and_a_token_among_others(monkeypatch):
     monkeypatch.setattr(row, "FUSED_TOKENS", 6)
     case = mpo((3, 2, 5), (2, 3, 4), 3, 5)
