@@ -143,13 +143,15 @@ def test_gradients_reach_the_factors_and_x():
         assert (mine.double() - theirs.double()).norm() <= 1e-2 * theirs.double().norm() + 1e-3
 
 
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks_and_exports():
     experts, _ = build()
     arguments = routed(experts)
     expected = same(experts, arguments)
     with torch.no_grad():
         compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
         assert (compiled(*arguments).double() - expected).norm() <= 2e-3 * expected.norm()
+        exported = torch.export.export(experts, arguments).module()
+        assert torch.equal(exported(*arguments).double(), expected)
 
 
 def test_a_watched_layer_is_called():
