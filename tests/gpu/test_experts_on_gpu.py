@@ -1,5 +1,7 @@
 """Grouped experts on a GPU: fresh inputs and routings, graphs that replay with another routing."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -44,6 +46,13 @@ CASES = {
     "many": lambda: several(128, 96, 256, 4, (8, 16)),
     "nf4": lambda: of_table("nf4"),
 }
+
+
+@cache
+def case_of(name):
+    return CASES[name]()
+
+
 TOKENS = [1, 2, 5, 16, 64, 300]  # 1 and, from 8 experts, 2: each pair by itself
 
 
@@ -67,7 +76,7 @@ def answer(stacked, x, index):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_fresh_inputs_agree_with_float64_and_with_a_second_run(name, tokens):
-    matrices, stacked = CASES[name]()
+    matrices, stacked = case_of(name)
     experts, _, columns = matrices.shape
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory begins as NaN
     for seed in range(FRESH):
