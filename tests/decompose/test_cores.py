@@ -118,6 +118,18 @@ def test_feedback_and_refits_both_help(cores):
     assert fed < 0.99 * alone
 
 
+@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize(("method", "bits"), [("yaqa", 3), ("rtn", 2)])
+def test_solving_for_each_core_again_helps_and_the_best_is_kept(cores, method, bits):
+    mpo = decompose(PROBLEM.weight, (MpoStage(5, cores=cores),), PROBLEM.stats).operator
+    errors = [
+        error(quantize_cores(PROBLEM.weight, mpo, PROBLEM.metric, IntFormat(bits), method=method, rounds=rounds).chain)
+        for rounds in (1, 2, 3, 4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.98 * errors[0]
+
+
 @given(
     problem=weighted_problems(dtypes=(torch.float32, torch.bfloat16)), rank=st.integers(1, 4), cores=st.integers(1, 3),
     seed=st.integers(0, 9),
