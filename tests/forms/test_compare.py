@@ -44,6 +44,9 @@ def test_the_winner_has_the_smallest_nats_and_the_structured_one_no_codes(found)
     losses = {row.form: row.report.predicted_nats for row in found.rows if row.report is not None}
     assert losses[found.winner.form] == min(losses.values())
     assert found.structured_winner.report.bits is None and "int" in found.winner.form
+    coded = {row.form for row in found.rows if row.coded}
+    assert coded == {row.form for row in found.rows if "int" in row.form and row.report is not None}
+    assert found.structured_winner.form not in coded
 
 
 def test_json(found):

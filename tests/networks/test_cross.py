@@ -260,3 +260,15 @@ def test_searched_rows_and_columns_show_the_error_of_the_interpolation(seed, piv
         torch.testing.assert_close(cross.column(1, j)[1], unfolding[:, j])
     at = cross.lefts[1][:, 0] // 4 * 4 + cross.lefts[1][:, 1] // 6  # the site offsets of the rows as indices
     assert float(unfolding[at].abs().max()) < 1e-10  # interpolation: nothing is left on a pivot row
+
+
+def test_the_search_starts_where_random_places_are_worst():
+    """With so many draws that every place is looked at, it is full pivoting."""
+    weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    cross = CrossPivots(entries(weight, draws=500), (4, 1), (1, 4), torch.Generator().manual_seed(1))
+    assert cross.start((0, 0))
+    for _ in range(3):
+        rest = (weight - cross.mpo().to_dense()).abs()
+        assert cross.drawn_column(1) == int(rest.max(0).values.argmax())
+        assert cross.add_pivot(1)
+    assert not cross.add_pivot(1)

@@ -26,6 +26,7 @@ from tnc.quant import quantizer, refine
 from tnc.stats import LayerStats, Moments
 from tnc.terms import Chain, Dense, Expression, Mpo, dense64
 
+_NARROWEST = 128  # columns below which scales weigh
 _WIDEST = 1024  # columns of a core, whose moment is factored: the widest rows below it are taken
 _UNSEEN = 1e-12  # singular values of a bond below this share of the largest count as that share
 _REFINED = 3  # sweeps over codes and scales of a core after it is rounded
@@ -73,8 +74,14 @@ def core_bits(
 
 
 def row_cut(legs: Sequence[int]) -> int:
-    """How many legs of a core (r_prev, o, i, r_next) make its rows: the fewest that leave at most 1024 columns."""
-    return next((cut for cut in range(3) if prod(legs[cut:]) <= _WIDEST), 3)
+    """How many legs of a core (r_prev, o, i, r_next) make its rows.
+
+    The fewest that leave at most 1024 columns, which all share what a row stores besides its codes; one fewer where
+    that leaves less than 128, up to 8192 columns.
+    """
+    cut = next((cut for cut in range(3) if prod(legs[cut:]) <= _WIDEST), 3)
+    narrow = prod(legs[cut:]) < _NARROWEST and cut > 0
+    return cut - 1 if narrow and prod(legs[cut - 1 :]) <= 8 * _WIDEST else cut
 
 
 def quantize_cores(
@@ -93,7 +100,7 @@ def quantize_cores(
         weight: (m, n).
         mpo: fitted to it.
         metric: ``G ⊗ H``.
-        formats: of the cores, in rows of at most 1024 numbers (`row_cut`).
+        formats: of the cores, cut into rows by `row_cut`.
         method: a name of `tnc.quant.QUANTIZERS`; it is given both moments of the core.
         rounds: 0 rounds each core once, improves none and refits none.
         seed: of the rotations.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tnc.terms import Dense, Expression, LowRank, Product, Quantized, Selection
+from tnc.terms import Chain, Dense, Expression, LowRank, Product, Quantized, Selection, Sum
 
 
 def rank_of(term: Expression) -> int | None:
@@ -14,3 +14,10 @@ def rank_of(term: Expression) -> int | None:
         if isinstance(left, Dense | Quantized) and isinstance(right, Dense | Quantized | Selection):
             return left.shape[1]
     return None
+
+
+def has_codes(term: Expression) -> bool:
+    """Whether a quantized matrix is anywhere in an expression: a base, a factor or a core."""
+    if isinstance(term, Sum | Product | Chain):
+        return any(map(has_codes, term.terms))
+    return isinstance(term, Quantized)

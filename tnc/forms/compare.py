@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tnc.decompose import Decomposition, LayerReport, decompose
 from tnc.decompose.stages import MetricOf
+from tnc.decompose.structure import has_codes
 from tnc.errors import BudgetError, FormatError, RankError
 from tnc.forms.contenders import Contender, contenders
 from tnc.forms.cost import REFERENCE_MACHINE, Cost, Machine, cost_of
@@ -28,12 +29,14 @@ class FormRow:
         report: errors, bits and lower bound as stored; ``None`` where the form cannot be had at these bits.
         costs: one for each number of tokens.
         reason: why there is no report.
+        coded: whether a base, a factor or a core is quantized.
     """
 
     form: str
     report: LayerReport | None
     costs: tuple[Cost, ...] = ()
     reason: str | None = None
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Comparison:
 
     @property
     def structured_winner(self) -> FormRow:
-        """The same among the rows without a quantized base: forms of full-precision factors."""
-        found = (row for row in self.rows if row.report is not None and row.report.bits is None)
+        """The same among the rows without codes: forms of full-precision factors."""
+        found = (row for row in self.rows if row.report is not None and not row.coded)
         return min(found, key=self.loss)
 
     def loss(self, row: FormRow) -> float:
@@ -136,7 +139,7 @@ def _row(
     if found.report.bits_per_weight > bits:
         return FormRow(each.name, None, reason=f"stores {found.report.bits_per_weight:.3f} bits per weight")
     costs = tuple(cost_of(found.operator, t, machine) for t in tokens)
-    return FormRow(each.name, found.report, costs)
+    return FormRow(each.name, found.report, costs, coded=has_codes(found.operator))
 
 
 def _measure(stats: LayerStats | None) -> str:

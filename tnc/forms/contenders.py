@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,7 +40,8 @@ def contenders(
         bits: stored bits per weight, everything counted.
         metric: in which the forms are fitted.
         dtype: of stored factors.
-        group_size: of the quantized bases, halved until it divides in_features; ``None`` is one group a row.
+        group_size: of the quantized bases, halved until it divides in_features, and of quantized factors and cores,
+            which are padded to it; ``None`` is one group a row.
         quantizer: method of the quantized bases.
     """
     size = BitsPerWeight(bits)
@@ -56,10 +57,13 @@ def contenders(
     grouped = _group(shape[1], group_size)
     bases = {b: QuantizeStage(IntFormat(b, grouped), method=quantizer) for b in (2, 3, 4)}
     low_rank = LowRankStage(size, metric=metric, dtype=dtype)
+    rounded = {b: IntFormat(b, group_size, pad=True) for b in (8, 4)}
     return (
         Contender("truncated SVD", (low_rank,)),
         Contender("Kronecker sum (2 cores)", (MpoStage(size, cores=2, metric=metric, dtype=dtype),)),
         Contender("MPO, 3 cores", (MpoStage(size, cores=3, metric=metric, dtype=dtype),)),
+        *(Contender(f"truncated SVD, int{b}", (replace(low_rank, factor_format=f),)) for b, f in rounded.items()),
+        *(Contender(f"2 cores, int{b}", (MpoStage(size, metric=metric, core_format=f),)) for b, f in rounded.items()),
         *(Contender(name, (FormStage(form, size, metric=metric, dtype=dtype),)) for name, form in forms.items()),
         *(Contender(f"int{b}", (base,), fixed_bits=True) for b, base in bases.items()),
         *(Contender(f"int{b} + low rank", (base, low_rank)) for b, base in bases.items()),

@@ -80,7 +80,7 @@ class CrossPivots:
         Returns:
             ``False`` if it is off by no more than rounding there.
         """
-        i, j = -1, self._drawn_column(bond)
+        i, j = -1, self.drawn_column(bond)
         down, error = self.column(bond, j)
         for _ in range(_ROOK_STEPS):
             if (found := int(error.abs().argmax())) == i:
@@ -123,7 +123,7 @@ class CrossPivots:
             cores.append(core.reshape(len(fibre), self.outs[k], self.ins[k], -1))
         return Mpo(tuple(cores), self.source.shape)
 
-    def _drawn_column(self, bond: int) -> int:
+    def drawn_column(self, bond: int) -> int:
         """Column of the unfolding at the worst of some random places."""
         count = self.source.draws
         rows, columns = self._sides(bond)
