@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from tnc.kernels import composed, einsum, mpo, qlr_cpu, reference
+from tnc.kernels import composed, einsum, mpo, qlr_cpu, reference, trellis_cpu
 from tnc.kernels.einsum import Plan, plan
 from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, Timed, backends, choose, register_kernel
 
@@ -26,4 +26,5 @@ __all__ = [
     "qlr_cpu",
     "reference",
     "register_kernel",
+    "trellis_cpu",
 ]
