@@ -20,7 +20,7 @@ from tnc.compiled import library
 from tnc.formats import TrellisFormat
 from tnc.kernels import trellis_words
 from tnc.kernels.table import Kernel, Tensors, register_kernel
-from tnc.kernels.trellis_words import TrellisWords
+from tnc.kernels.trellis_words import UNITS, TrellisWords
 from tnc.terms import Expression, Quantized
 
 TOKENS = 32  # tokens up to which states are decoded in registers, once for every `_TOGETHER`
@@ -50,7 +50,7 @@ def _dot(x: Tensor, stream: Tensor, marks: Tensor, seams: Tensor, steps: Tensor,
     tokens = len(x) if len(x) <= 2 else -(-len(x) // _TOGETHER) * _TOGETHER
     wide = pad(x, (words.skew * words.unit, words.lines - words.columns, 0, tokens - len(x)))
     y = x.new_empty(tokens, words.rows)
-    for some, out in zip(wide.split(_TOGETHER), y.split(_TOGETHER), strict=True):
+    for some, out in zip(torch.split(wide, _TOGETHER), torch.split(y, _TOGETHER), strict=True):
         _call("tnc_trellis_dot", words, (stream, marks, seams, steps, some, out), len(some), wide.shape[1])
     return y[: len(x)]
 
@@ -176,10 +176,6 @@ class TrellisCpu:
         return Quantized(
             tensors["codes"], tensors["scale"], None, self.words.format, self.words.columns, tensors.get("outer")
         )
-
-
-UNITS = {"1mad": 1 / 147.800537109375, "3inst": 1 / 1.236}
-"""What the kernels leave out of the levels of a code, for the scale of a row to take."""
 
 
 def refusal(operator: Expression) -> str | None:

@@ -20,6 +20,8 @@ from tnc.formats import TrellisFormat
 
 PLANES = {2: 1, 3: 3, 4: 2}  # bits of a code -> words of a line in a unit
 BIAS = 32  # added to the row of a seam in its unit, which may be one of the rows before
+UNITS = {"1mad": 1 / 147.800537109375, "3inst": 1 / 1.236}
+"""What the kernels leave out of the levels of a code, for the scale of a row to take."""
 _NOWHERE = 255  # the row of a line without a seam
 
 
@@ -80,7 +82,8 @@ class TrellisWords:
         bits = self.format.bits
         codes = torch.empty(self.units * self.unit, self.columns, dtype=torch.uint8, device=words.device)
         for r in range(self.unit):
-            end, found = bits * (r + 1), 0
+            end = bits * (r + 1)
+            found = torch.zeros((), dtype=torch.int64, device=words.device)
             place = slice(self.skew * r, self.skew * r + self.columns)
             for plane in range((end - bits) // 32, (end - 1) // 32 + 1):
                 shift, word = 32 * (plane + 1) - end, words[:, plane, place].to(torch.int64) & 0xFFFFFFFF
@@ -94,7 +97,7 @@ class TrellisWords:
         A mark is the place of a block's seams, or -1. A seam is ``(row + BIAS) << 16 | bits``: from that row of the
         unit on, which may be one before it, the codes before the row are ``bits``, the last one lowest.
         """
-        line, start, before = (t.to(codes.device) for t in self._beginnings(codes))
+        line, start, before = (t.to(codes.device) for t in self.beginnings(codes))
         unit = torch.cat([start // self.unit, start // self.unit + 1])  # the second where the next unit's rows see it
         start, line, before = start.repeat(2), line.repeat(2), before.repeat(2)
         row, local = start - unit * self.unit, line - self.skew * self.unit * unit
@@ -109,7 +112,7 @@ class TrellisWords:
         seams[marks[place], local % self.block] = (row + BIAS) << 16 | before
         return marks.reshape(self.units, blocks).to(torch.int32), seams.to(torch.int32)
 
-    def _beginnings(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def beginnings(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of every ring its line, its first row, and the bits of the codes before it."""
         line = torch.arange(self.columns + self.skew * (self.rows - 1))
         first = (line - (self.columns - 1)).clamp_min(0) * self.skew
