@@ -18,6 +18,9 @@ TIMED = [row for row in table("h200")["rows"] if row["microseconds"]]
 @pytest.fixture
 def h200(monkeypatch):
     monkeypatch.setattr(module, "_file", lambda device: "h200")
+    module.forget()
+    yield
+    module.forget()
 
 
 def sizes(row):
