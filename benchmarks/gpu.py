@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +21,17 @@ from torch.nn.functional import linear
 
 from benchmarks.gpu_clock import replayed
 from benchmarks.gpu_decoder import decoders
+from tnc.formats import TrellisFormat
 from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels import mpo as mpo_row
 from tnc.kernels import mpo2 as mpo2_row
 from tnc.kernels import mpo3 as mpo3_row
 from tnc.kernels.qlr_launch import Packed
 from tnc.kernels.qlr_ops import dense, run
+from tnc.kernels.trellis_launch import Coded
+from tnc.kernels.trellis_ops import dense as dense_trellis
+from tnc.kernels.trellis_ops import run as run_trellis
+from tnc.kernels.trellis_ops import stream_of
 from tnc.kernels.words import group_words, unit_of
 from tnc.terms import Mpo
 
@@ -42,7 +47,7 @@ class Row:
     kernel: str
     shape: str
     tokens: int
-    sets: list[tuple[Tensor, ...] | Packed]
+    sets: list[tuple[Tensor, ...] | Packed] | list[Coded]
     launch: Callable[..., Tensor]
     exact: Tensor
 
@@ -197,9 +202,42 @@ def mpo3_rows() -> list[Row]:
     return rows
 
 
+def coded(rows: int, columns: int, bits: int, rank: int) -> Coded:
+    """Random codes of a trellis, scales and factors."""
+    format = TrellisFormat(bits, path="diagonal")
+    codes = torch.randint(0, 1 << bits, (rows, columns), device="cuda").to(torch.uint8)
+    held = stream_of(rows, columns, format).pack(codes)
+    steps = (torch.rand(rows, device="cuda") + 0.1) / 148 / columns**0.5
+    left, right = normal(rows, rank, scale=0.05), normal(rank, columns, scale=0.05)
+    words = (held[name] for name in ("stream", "firsts", "items", "fixes"))
+    return Coded(*words, steps, left, right, bits, format.state_bits, format.length)
+
+
+def another(each: Coded) -> Coded:
+    """The same numbers elsewhere in memory."""
+    tensors = {name: getattr(each, name).clone() for name in ("stream", "items", "fixes", "left", "right")}
+    return replace(each, **tensors)
+
+
+def trellis_rows() -> list[Row]:
+    """Weights coded on a trellis, alone and with factors."""
+    rows = []
+    for n, k in (*SHAPES, (4096, 14336)):
+        for bits, rank, many in ((2, 0, (1, 2, 16, 32, 64)), (2, 64, (1, 16)), (3, 0, (1, 16)), (4, 0, (1, 16))):
+            first = coded(n, k, bits, rank)
+            sets = [first, *(another(first) for _ in range(count(n * k * bits / 8, 1) - 1))]
+            weight = dense_trellis(first, torch.float64) + first.left.double() @ first.right.double()
+            for tokens in many:
+                x = normal(tokens, k)
+                name = f"trellis {bits} bits" + (f" + rank {rank}" if rank else "")
+                launch = lambda s, x=x: run_trellis(x, s)  # noqa: E731
+                rows.append(Row(name, f"{k}->{n}", tokens, sets, launch, x.double() @ weight.T))
+    return rows
+
+
 GROUPS = {
-    "dense": dense_rows, "qlr": qlr_rows, "unfused": unfused_rows, "low_rank": low_rank_rows, "mpo": mpo_rows,
-    "mpo3": mpo3_rows,
+    "dense": dense_rows, "trellis": trellis_rows, "qlr": qlr_rows, "unfused": unfused_rows, "low_rank": low_rank_rows,
+    "mpo": mpo_rows, "mpo3": mpo3_rows,
 }  # fmt: skip
 
 

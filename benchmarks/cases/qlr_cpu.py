@@ -29,9 +29,9 @@ def _build(bits: int, tokens: int, size: int = 4096, rank: int = 64) -> Problem:
                f"int{bits}": FactoredLinear(base, backend="qlr_cpu"),
                f"int{bits} + rank {rank}, einsum": FactoredLinear(operator, backend="einsum")}  # fmt: skip
     alone = x.double() @ dense64(base).T
-    ways = {"dense nn.Linear": partial(_run, dense, x)}
+    ways = {"dense nn.Linear": partial(run, dense, x)}
     return Problem(
-        ways=ways | {name: partial(_run, module, x) for name, module in modules.items()},
+        ways=ways | {name: partial(run, module, x) for name, module in modules.items()},
         errors=lambda y: {
             "relative error": float(min((y - to).norm() / to.norm() for to in (expected, alone))),
         },
@@ -40,7 +40,8 @@ def _build(bits: int, tokens: int, size: int = 4096, rank: int = 64) -> Problem:
     )
 
 
-def _run(module: torch.nn.Module, x: Tensor) -> Tensor:
+def run(module: torch.nn.Module, x: Tensor) -> Tensor:
+    """What the module makes of x, without gradients."""
     with torch.no_grad():
         y: Tensor = module(x)
     return y

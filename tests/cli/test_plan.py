@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tnc.cli import app
@@ -100,6 +101,13 @@ def test_latency_table_and_budget(folder):
     call("bench", "demo", "--table", table, "--tokens", 1, "--ranks", 0, "--ranks", 16, "--repeats", 1, "--json")
     found = json.loads(again(folder, "--budget", "speedup=0.02", "--table", table, "--json").stdout)
     assert all(layer["seconds"] > 0 for layer in found["layers"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tunes there")
+def test_what_bench_needs_is_said():
+    said = " ".join(call("bench", "--tune", code=2).output.split())
+    assert "got device cpu; only tiles of the fused kernels are tuned" in said
+    assert "needs MODEL and --table FILE, or --tune" in " ".join(call("bench", "demo", code=2).output.split())
 
 
 @pytest.mark.parametrize(

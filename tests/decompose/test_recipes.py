@@ -113,6 +113,13 @@ def test_factors_of_recipes_by_width_or_format():
         recipe("eora", bits=3, rank=4, factor_bits=4, factor_format="nf4")
 
 
+@pytest.mark.parametrize("name", ["qtip", "yaqa_trellis", "yaqa_trellis_lr"])
+def test_trellises_take_more_states(name):
+    rank = {"rank": 2} if "rank" in RECIPES[name].options else {}
+    assert recipe(name, bits=2, **rank).stages[0].format.state_bits == 12
+    assert recipe(name, bits=2, state_bits=14, **rank).stages[0].format.state_bits == 14
+
+
 def test_pooled_carries_the_budget_of_the_model():
     assert recipe("svd_pooled", rank=BitsPerWeight(4)).pooled == BitsPerWeight(4)
     assert recipe("svd", rank=BitsPerWeight(4)).pooled is None

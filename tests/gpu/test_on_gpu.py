@@ -8,10 +8,11 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from kernels.triton_cases import ROUNDING, Case, answer, check, inputs, low_rank, q_plus_lr, rounded
+from kernels.triton_cases import trellis as coded
 
 from tnc.formats import IntFormat, number_format
 from tnc.kernels import low_rank as low_rank_row
-from tnc.kernels import mpo2, mpo3, qlr
+from tnc.kernels import mpo2, mpo3, qlr, trellis
 from tnc.kernels.hadamard import hadamard
 from tnc.kernels.qlr_launch import Packed, rebuild, vector
 from tnc.kernels.qlr_ops import dense
@@ -51,6 +52,8 @@ CASES = {
         qlr,
         rounded(1000, 2048, IntFormat(4, group_size=64), rank=64, factor_format=IntFormat(8)),
     ),
+    **{f"trellis {bits}": (trellis, coded(1000, 2048, bits, rank=64, dtype=BRAIN)) for bits in (2, 3, 4)},
+    "trellis alone": (trellis, coded(600, 3000, 2, state_bits=16)),
     "low rank": (low_rank_row, low_rank(3000, 2048, 300, dtype=BRAIN)),
     "two cores": (mpo2, two_cores()),
     "three cores": (mpo3, three_cores()),

@@ -9,8 +9,8 @@ from tnc.kernels import tuned as module
 from tnc.kernels.tuned import SIZES, predicted, table, tuned
 
 KERNELS = [
-    "qlr_vector", "qlr_tile", "rebuild_qlr", "low_rank_vector", "low_rank_tile", "mpo2", "mpo3",
-    "rebuild_mpo2", "experts_tile", "experts_vector",
+    "qlr_vector", "qlr_tile", "rebuild_qlr", "low_rank_vector", "low_rank_tile", "mpo2", "mpo3", "rebuild_mpo2",
+    "experts_tile", "experts_vector", "trellis_vector", "trellis_tile", "rebuild_trellis",
 ]  # fmt: skip
 TIMED = [row for row in table("h200")["rows"] if row["microseconds"]]
 
@@ -18,6 +18,9 @@ TIMED = [row for row in table("h200")["rows"] if row["microseconds"]]
 @pytest.fixture
 def h200(monkeypatch):
     monkeypatch.setattr(module, "_file", lambda device: "h200")
+    module.forget()
+    yield
+    module.forget()
 
 
 def sizes(row):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tnc.formats import IntFormat
+from tnc.formats import CODES, IntFormat, TrellisFormat
 from tnc.kernels import choose
 from tnc.quant import rtn
 from tnc.terms import LowRank, Product, Quantized, Sum, dense64
@@ -52,6 +52,21 @@ def rounded(rows, columns, format, *, rank=None, factor_format=None, seed=0):
     left, right = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((rows, rank), (rank, columns)))
     product = Product((rtn(left / 4, factor_format), rtn(right / columns**0.5, factor_format)))
     return Case(Sum((term, product)), dense64(term) + dense64(product))
+
+
+def trellis(rows, columns, bits, *, rank=None, state_bits=12, dtype=torch.float16, factors_first=False, seed=0):
+    """A trellis-coded term of anti-diagonals, plus a `LowRank` unless ``rank`` is ``None``."""
+    generator = torch.Generator().manual_seed(seed)
+    format = TrellisFormat(bits, state_bits, path="diagonal")
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator).to(torch.uint8)
+    step = ((torch.rand(rows, 1, generator=generator) + 0.1) / columns**0.5).half()
+    matrix = step.double() * CODES[format.code](format.states(codes)).double()
+    term = Quantized.from_codes(codes.to(DEVICE), step.to(DEVICE), None, format)
+    if rank is None:
+        return Case(term, matrix.to(DEVICE))
+    factors = low_rank(rows, columns, rank, dtype=dtype, seed=seed + 1)
+    terms = (factors.operator, term) if factors_first else (term, factors.operator)
+    return Case(Sum(terms), matrix.to(DEVICE) + factors.matrix)
 
 
 def low_rank(rows, columns, rank, *, dtype=torch.float16, seed=0):

@@ -20,8 +20,9 @@ from tnc.cli.forms import FormsOptions, run_forms
 from tnc.cli.inspect import run_inspect
 from tnc.cli.plan import PlanOptions, run_plan
 from tnc.cli.sensitivity import SensitivityOptions, run_sensitivity
+from tnc.cli.tune import run_tune
 from tnc.decompose import RECIPES
-from tnc.errors import TNCError
+from tnc.errors import ModelError, TNCError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -175,8 +176,11 @@ def plan(
 @app.command()
 @_friendly
 def bench(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
-    table: Annotated[Path, typer.Option(help="Latency table to write, for tnc plan --table.")],
+    model: Annotated[str | None, typer.Argument(help="Hugging Face causal LM folder, or 'demo'.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Latency table to write, for tnc plan --table.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Instead: find the fused kernels' tiles for this GPU.")] = False,
+    shapes: Annotated[list[str] | None, typer.Option("--shape", help="With --tune: OUTxIN; repeatable.")] = None,
+    seconds: Annotated[float, typer.Option(help="With --tune: time for all of it.")] = 60.0,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens a call; repeatable. Default 1 and 32.")] = None,
     ranks: Annotated[list[int] | None, typer.Option(help="Ranks; repeatable. Default 0, 16 and 64.")] = None,
     group_size: Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")] = 64,
@@ -184,7 +188,12 @@ def bench(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Time the layers of a model in every form of the portfolio on this device."""
+    """Time the layers of a model in every form of the portfolio on this device, or tune kernels for it."""
+    if tune:
+        run_tune(shapes=shapes or [], seconds=seconds, device=device, as_json=as_json)
+        return
+    if model is None or table is None:
+        raise ModelError("tnc bench needs MODEL and --table FILE, or --tune for the tiles of the fused kernels.")
     run_bench(model, table, tokens=tokens or [1, 32], ranks=ranks or [0, 16, 64], group_size=group_size,
               repeats=repeats, device=device, as_json=as_json)  # fmt: skip
 

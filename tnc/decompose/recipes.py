@@ -81,6 +81,7 @@ def recipe(
     format: NumberFormat | str | None = None, rank: Size | None = None, blocks: int | None = None,
     cores: int | None = None, factor_bits: int | None = None, factor_format: NumberFormat | str | None = None,
     sweeps: int | None = None,
+    state_bits: int | None = None,
 ) -> Recipe:  # fmt: skip
     """Build a recipe of `RECIPES`.
 
@@ -99,6 +100,7 @@ def recipe(
             ``group_size``; by default they are stored in the weight's dtype.
         factor_format: number format of the factors instead of ``factor_bits``, named or given as ``format`` is.
         sweeps: rounds of alternation, at most.
+        state_bits: of a trellis, 12 by default; 14 to 16 lower the error, cost no bits and take longer to encode.
 
     Raises:
         RecipeError: for an unknown name (lists the valid ones), an option the recipe does not take, or a missing one.
@@ -109,6 +111,7 @@ def recipe(
     given = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "format": format, "rank": rank,
         "blocks": blocks, "cores": cores, "factor_bits": factor_bits, "factor_format": factor_format, "sweeps": sweeps,
+        "state_bits": state_bits,
     }  # fmt: skip
     given = {k: v for k, v in given.items() if v is not None}
     foreign = [k for k in given if k not in entry.options]

@@ -2,12 +2,12 @@
 
 from importlib.util import find_spec
 
-from tnc.kernels import composed, einsum, mpo, qlr_cpu, reference
+from tnc.kernels import composed, einsum, mpo, qlr_cpu, reference, trellis_cpu
 from tnc.kernels.einsum import Plan, plan
 from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, Timed, backends, choose, register_kernel
 
 if find_spec("triton") is not None:  # the optional rows of the table
-    from tnc.kernels import experts_group, hadamard, low_rank, mpo2, mpo3, qlr  # noqa: F401
+    from tnc.kernels import experts_group, hadamard, low_rank, mpo2, mpo3, qlr, trellis, tuning_problems  # noqa: F401
 
 __all__ = [
     "Bound",
@@ -26,4 +26,5 @@ __all__ = [
     "qlr_cpu",
     "reference",
     "register_kernel",
+    "trellis_cpu",
 ]

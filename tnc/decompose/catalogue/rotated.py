@@ -23,8 +23,8 @@ def _format(bits: int, group_size: int | None = None, symmetric: bool = False) -
     return IntFormat(bits, group_size, symmetric)
 
 
-def _trellis(bits: int, group_size: int | None = None, *, path: str) -> TrellisFormat:
-    return TrellisFormat(bits, path=path, group_size=group_size)
+def _trellis(bits: int, group_size: int | None = None, state_bits: int = 12, *, path: str) -> TrellisFormat:
+    return TrellisFormat(bits, state_bits, path=path, group_size=group_size)
 
 
 def _rotated(method: str, transforms: tuple[Transform, ...], refine: int = 0, **base: Any) -> Recipe:  # noqa: ANN401
@@ -65,7 +65,7 @@ def _svdquant(*, rank: Size, **base: Any) -> Recipe:  # noqa: ANN401
 
 
 _BASE = ("bits", "group_size", "symmetric")
-_CODED = ("bits", "group_size")
+_CODED = ("bits", "group_size", "state_bits")
 
 for _name, _summary, _source, _options, _build in (
     ("gptq_rotated", "GPTQ after a randomised Hadamard rotation of the inputs", "QuIP#, arXiv:2402.04396",
