@@ -32,6 +32,15 @@ def produce_vector(x, right, t, flag, pid, M: tl.constexpr, K: tl.constexpr, RAN
 
 
 @triton.jit
+def operands(x, right, m, safe, step, M, K: tl.constexpr):
+    """64 columns of x (BM, 64) and of the rows ``safe`` of R (64, RB), in the dtype of x."""
+    k = step * 64 + tl.arange(0, 64)
+    a = tl.load(x + m.to(tl.int64) * K + k[None, :], mask=(m < M) & (k < K)[None, :], other=0.0)
+    b = tl.load(right + safe[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0.0)
+    return a, b.to(a.dtype)
+
+
+@triton.jit
 def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr, K: tl.constexpr, RANK,
                  RK: tl.constexpr, RB: tl.constexpr, KS: tl.constexpr, F32: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
@@ -44,19 +53,16 @@ def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr
     STEPS: tl.constexpr = ((K + 63) // 64 + KS - 1) // KS
     acc = tl.zeros((BM, RB), tl.float32)
     grid_wait(PDL)
-    if (
-        STEPS == 1
-    ):  # no loop: LLVM unrolls it and puts the zeros of acc behind the fence of wgmma, which loses the product
-        k = chunk * 64 + tl.arange(0, 64)
-        a = tl.load(x + m.to(tl.int64) * K + k[None, :], mask=(m < M) & (k < K)[None, :], other=0.0)
-        b = tl.load(right + safe[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0.0)
-        acc = dot(a, b.to(a.dtype), acc, F32)
-    else:
-        for step in range(chunk * STEPS, (chunk + 1) * STEPS):
-            k = step * 64 + tl.arange(0, 64)
-            a = tl.load(x + m.to(tl.int64) * K + k[None, :], mask=(m < M) & (k < K)[None, :], other=0.0)
-            b = tl.load(right + safe[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0.0)
-            acc = dot(a, b.to(a.dtype), acc, F32)
+    # One product before the loop: ptxas 12.8 unrolls a short loop around wgmma and, if the sum begins as zeros, drops
+    # the products (tests/kernels/test_machine_code.py).
+    ALONE: tl.constexpr = 1 if BM >= 64 or STEPS == 1 else 0
+    if ALONE:
+        a, b = operands(x, right, m, safe, chunk * STEPS, M, K)
+        acc = dot(a, b, acc, F32)
+    if STEPS > ALONE:
+        for step in range(chunk * STEPS + ALONE, (chunk + 1) * STEPS):
+            a, b = operands(x, right, m, safe, step, M, K)
+            acc = dot(a, b, acc, F32)
     acc = tl.where((rank < RANK)[None, :], acc, 0.0)
     if KS > 1:
         tl.store(slab + (chunk * BM + m) * RK + rank[None, :], acc)

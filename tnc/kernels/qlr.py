@@ -16,7 +16,7 @@ from tnc.kernels.launch import unsuited
 from tnc.kernels.lookup import level_tensor
 from tnc.kernels.q_plus_lr import q_plus_lr
 from tnc.kernels.qlr_launch import Packed
-from tnc.kernels.qlr_ops import TALL_COLUMNS, TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr, together
+from tnc.kernels.qlr_ops import TALL_RANK, TALL_TOKENS, TILE_TOKENS, VECTOR_TOKENS, qlr, together
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.kernels.tuned import predicted
 from tnc.terms import Expression, Product, Quantized, Spec, from_spec
@@ -122,8 +122,7 @@ class QLR:
         low_rank = "" if self.factors is None else " + L (R x)"
         written = "" if self.product is None else ", L and R beside their codes, written out in 16 bits"
         return (
-            f"up to {TILE_TOKENS} tokens ({TALL_TOKENS} to rank {TALL_RANK} "
-            f"from {TALL_COLUMNS} columns): dequant(Q) x{low_rank} in one launch "
+            f"up to {TILE_TOKENS} tokens ({TALL_TOKENS} to rank {TALL_RANK}): dequant(Q) x{low_rank} in one launch "
             f"(up to {VECTOR_TOKENS} by float32 FMA); more: the weight rebuilt once, then one multiplication; "
             f"Q held in {self.base.held_bits:.4g} bits a weight{written}"
         )

@@ -16,7 +16,6 @@ from tnc.kernels.words import codes_of, groups_of, pairs_of
 VECTOR_TOKENS = 2  # up to here float32 FMA
 TILE_TOKENS = 32  # up to here one fused launch; more rebuild the weight once and multiply
 TALL_TOKENS, TALL_RANK = 64, 64  # a tile of 64 tokens with more ranks does not pay
-TALL_COLUMNS = 2048  # nor with fewer columns: at 320 its t was wrong on Hopper, where the loops have one step
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -43,13 +42,12 @@ def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 def fused(tokens: int, dtype: torch.dtype, members: Sequence[Packed]) -> Callable[..., Tensor] | None:
     """The launch that is fastest for so many tokens of operators of one x; ``None`` where it is a multiplication."""
-    _, columns, rank = members[0].shape
     if tokens == 0 or dtype == torch.float64:
         return None
     if tokens == 1 or (tokens <= VECTOR_TOKENS and (dtype == torch.float32 or faster(members[0], tokens))):
         return vector
     rank = max(packed.shape[2] for packed in members)
-    tall = tokens <= TALL_TOKENS and rank <= TALL_RANK and columns >= TALL_COLUMNS
+    tall = tokens <= TALL_TOKENS and rank <= TALL_RANK
     return tile if (tokens <= TILE_TOKENS or tall) and dtype != torch.float32 else None
 
 

@@ -15,6 +15,9 @@ from tnc.modules.siblings import Siblings
 from tnc.modules.stored import Tie, copied, expected_dtype, named_tensors, packed_name, relayout
 from tnc.terms import Expression, Product, Sum, from_spec
 
+# asked here, because torch.compile of torch 2.11 cannot trace the question
+_AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+
 
 class FactoredLinear(nn.Module):
     """``y = x W^T + bias`` with ``W`` kept as the tensors of an expression.
@@ -138,7 +141,7 @@ class FactoredLinear(nn.Module):
                 f"(..., in_features={self._shape[1]}). Pass the activations that the dense layer took."
             )
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        if kind in _AUTOCAST and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             cast = x.to(torch.get_autocast_dtype(kind))
             with torch.autocast(kind, enabled=False):  # kernels choose the dtype of every step themselves
                 return self._applied(cast, x)

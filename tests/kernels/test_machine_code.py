@@ -1,0 +1,67 @@
+"""Machine code of the tall tile for Hopper, made without a GPU: no product may be missing.
+
+ptxas 12.8 (of Triton 3.6) drops the products of wgmma in a short unrolled loop whose sum begins as zeros, and leaves
+empty ones on descriptor URZ: t = R x was zero at 33 to 64 tokens. The interpreter cannot show that.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+SCRIPT = '''
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tnc.kernels.qlr_tile_kernel import qlr_tile
+
+
+def code(columns, group, slots):
+    """The tile of 64 tokens of three operators with ``slots`` right factors, rank 64."""
+    units = -(-columns // 128)
+    splits = min(4, units)
+    steps = -(-units // splits)
+    chunks = min(8, -(-columns // 64))
+    fixed = dict(BM=64, K=columns, BITS=4, SCALE="half", GROUP=group, TABLE=False, LANES="", GAIN=False, RK=64, RB=64,
+                 KS=chunks, PRODUCERS=slots * chunks, BN=64, STEPS=steps, SK=-(-units // steps), STAGES=3, F32=False,
+                 ASM=True, PDL=True)
+    many = dict(lows="*i16", highs="*i16", groups="*i32", lefts="*bf16", rights="*bf16", gains="*i32", rows="i32",
+                ranks="i32", firsts="i32", tops="i32")
+    one = dict(x="*bf16", levels="*fp32", t="*bf16", tslab="*fp32", slab="*fp32", counters="*i32", y="*bf16")
+    names = qlr_tile.arg_names
+    kinds = {n: "constexpr" if n in fixed else (many[n],) * 3 if n in many else one.get(n, "i32") for n in names}
+    aligned = [["tt.divisibility", 16]]
+    pointers = [(i,) for i, n in enumerate(names) if n in one]
+    pointers += [(i, k) for i, n in enumerate(names) if many.get(n, "").startswith("*") for k in range(3)]
+    values = {(names.index(n),): v for n, v in fixed.items()}
+    source = ASTSource(qlr_tile, kinds, values, {p: aligned for p in pointers})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    products = [line for line in text.splitlines() if "HGMMA" in line]
+    return len(products), sum("gdesc[URZ]" in line for line in products)
+
+
+print(json.dumps([code(*sizes) for sizes in json.loads(sys.argv[1])]))
+'''
+# columns, group, right factors: one step of 64 columns a producer, and a loop of four, which were wrong
+SIZES = [(320, 64, 1), (2048, 128, 3)]
+
+
+@pytest.mark.skipif(triton.__version__ < "3.6", reason="signatures of tuples differ")
+def test_no_product_is_dropped(tmp_path):
+    place = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    place |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(SIZES)], capture_output=True, text=True, env=place)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for products, empty in json.loads(run.stdout):
+        assert products >= 16 and empty == 0
