@@ -1,5 +1,5 @@
 """The timed cases; importing this package registers them."""
 
-from benchmarks.cases import compensate, composed, cross, forward, hadamard, mpo, plan, qlr_cpu, trellis
+from benchmarks.cases import compensate, composed, cross, forward, hadamard, mpo, plan, qlr_cpu, siblings, trellis
 
-__all__ = ["compensate", "composed", "cross", "forward", "hadamard", "mpo", "plan", "qlr_cpu", "trellis"]
+__all__ = ["compensate", "composed", "cross", "forward", "hadamard", "mpo", "plan", "qlr_cpu", "siblings", "trellis"]
