@@ -1,6 +1,18 @@
 """The timed cases; importing this package registers them."""
 
-from benchmarks.cases import compensate, composed, cross, forward, hadamard, mpo, plan, qlr_cpu, trellis, trellis_cpu
+from benchmarks.cases import (
+    compensate,
+    composed,
+    cross,
+    forward,
+    hadamard,
+    mpo,
+    plan,
+    qlr_cpu,
+    siblings,
+    trellis,
+    trellis_cpu,
+)
 
 __all__ = [
     "compensate",
@@ -11,6 +23,7 @@ __all__ = [
     "mpo",
     "plan",
     "qlr_cpu",
+    "siblings",
     "trellis",
     "trellis_cpu",
 ]

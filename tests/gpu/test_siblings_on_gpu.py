@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 from kernels.triton_cases import ROUNDING, inputs, q_plus_lr
 
 from tnc.kernels import qlr_ops
+from tnc.kernels.qlr_launch import tile
 from tnc.modules import FactoredLinear
 from tnc.siblings import join_siblings
 from tnc.terms import Hadamard, LowRank, Product, Sum, map_tensors
@@ -76,12 +78,28 @@ def test_one_launch_gives_what_each_gives_alone(shared, rotated, tokens, launche
             x = inputs(tokens, COLUMNS, BRAIN, seed=seed)
             launches.clear()
             found = block(x)
-            assert launches == ([3] if tokens <= 64 else [])
+            assert launches == ([3] if tokens <= 32 else [1, 1, 1] if tokens <= 64 else [])
             for y, again, layer in zip(found, block(x), block.children(), strict=True):
                 assert torch.equal(y, again) and y.is_contiguous()
                 close(y, alone(layer, x), x)
     said = block.q.explain().splitlines()[-1]
     assert said == f"  one input for q, k, v: once for all: {'fast hadamard, ' if rotated else ''}one launch"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tokens", [33, 64])
+def test_several_factors_in_a_tall_tile(shared, tokens):
+    """Modules do not ask for it: t was zero here before the first product stood apart."""
+    block = Block(shared).to("cuda", BRAIN)
+    held = [layer.bound() for layer in block.children()]
+    packs = [kernel.packed(tensors) for kernel, tensors in held]
+    if shared:
+        packs = [replace(each, right=packs[0].right) for each in packs]
+    for seed in range(20):
+        x = inputs(tokens, COLUMNS, BRAIN, seed=seed)
+        parts = tile(x, *packs).flatten().split([tokens * each.shape[0] for each in packs])
+        for y, layer in zip(parts, block.children(), strict=True):
+            close(y.view(tokens, -1), alone(layer, x), x)
 
 
 def warmed(block, x):

@@ -65,7 +65,7 @@ def test_quantized_factors_are_written_out_once(factor_format):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("launch", "tokens"), [(vector, 1), (vector, 2), (tile, 5), (tile, 32)])
+@pytest.mark.parametrize(("launch", "tokens"), [(vector, 1), (vector, 2), (tile, 5), (tile, 32), (tile, 40)])
 def test_siblings_in_one_launch_are_what_each_gives_alone(launch, tokens, shared):
     """q, k and v of unequal sizes and ranks in one launch; one t where they share a right factor."""
     packs = [packed_of(q_plus_lr(rows, 320, 4, group=64, rank=rank, seed=rows))

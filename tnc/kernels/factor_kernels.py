@@ -42,9 +42,12 @@ def operands(x, right, m, safe, step, M, K: tl.constexpr):
 
 @triton.jit
 def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr, K: tl.constexpr, RANK,
-                 RK: tl.constexpr, RB: tl.constexpr, KS: tl.constexpr, F32: tl.constexpr,
+                 RK: tl.constexpr, RB: tl.constexpr, KS: tl.constexpr, SEVERAL: tl.constexpr, F32: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
-    """``RB`` ranks of t and one of ``KS`` chunks of K; the last chunk to arrive adds them and publishes t."""
+    """``RB`` ranks of t and one of ``KS`` chunks of K; the last chunk to arrive adds them and publishes t.
+
+    ``SEVERAL``: the launch makes several t.
+    """
     block = pid // KS
     chunk = pid % KS
     m = tl.arange(0, BM)[:, None]
@@ -55,7 +58,7 @@ def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr
     grid_wait(PDL)
     # One product before the loop: ptxas 12.8 unrolls a short loop around wgmma and, if the sum begins as zeros, drops
     # the products (tests/kernels/test_machine_code.py).
-    ALONE: tl.constexpr = 1 if BM >= 64 or STEPS == 1 else 0
+    ALONE: tl.constexpr = 1 if STEPS == 1 or (SEVERAL and BM >= 64) else 0
     if ALONE:
         a, b = operands(x, right, m, safe, chunk * STEPS, M, K)
         acc = dot(a, b, acc, F32)

@@ -53,7 +53,7 @@ def low_rank_tile(x, left, right, t, tslab, counters, y, M, N, RANK, BM: tl.cons
     """Up to ``BM`` tokens by tensor cores; t is rounded once to the dtype of x."""
     pid = tl.program_id(0)
     if pid < PRODUCERS:
-        produce_tile(x, right, t, tslab, counters, counters + 2, pid, M, BM, K, RANK, RK, RB, KS, F32, PDL)
+        produce_tile(x, right, t, tslab, counters, counters + 2, pid, M, BM, K, RANK, RK, RB, KS, False, F32, PDL)
     else:
         column = (pid - PRODUCERS) * BN + tl.arange(0, BN)
         safe = tl.minimum(column, N - 1)

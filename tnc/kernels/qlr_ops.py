@@ -66,9 +66,10 @@ def run(x: Tensor, packed: Packed) -> Tensor:
 def together(x: Tensor, members: Sequence[Packed]) -> list[Tensor] | None:
     """(tokens, out_features) of each operator that is `Packed.alike`, by one launch; ``None`` where none is fastest.
 
-    The outputs share memory, one after another.
+    The outputs share memory, one after another. To `TILE_TOKENS`: several t in a tall tile came out wrong on Hopper;
+    what mends it (`tnc.kernels.factor_kernels.produce_tile`) was seen in machine code only.
     """
-    launch = fused(x.shape[0], x.dtype, members)
+    launch = fused(x.shape[0], x.dtype, members) if x.shape[0] <= TILE_TOKENS else None
     if launch is None:
         return None
     parts = torch.split(launch(x, *members).flatten(), [x.shape[0] * packed.shape[0] for packed in members])

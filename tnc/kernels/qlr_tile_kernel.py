@@ -28,8 +28,8 @@ def qlr_tile(x, lows, highs, groups, lefts, rights, gains, levels, t, tslab, sla
     if pid < PRODUCERS:
         slot = pid // EACH
         produce_tile(x, chosen(rights, slot), t + slot * (BM * RK), tslab + slot * (KS * BM * RK), counters,
-                     counters + 2 + slot * (RK // RB), pid % EACH, M, BM, K, chosen(ranks, slot), RK, RB, KS, F32,
-                     PDL)  # fmt: skip
+                     counters + 2 + slot * (RK // RB), pid % EACH, M, BM, K, chosen(ranks, slot), RK, RB, KS,
+                     PRODUCERS != EACH, F32, PDL)  # fmt: skip
     else:
         block = (pid - PRODUCERS) // SK
         split = (pid - PRODUCERS) % SK
