@@ -11,7 +11,7 @@ from kernels.triton_cases import DEVICE, check, inputs, serving, trellis
 
 from tnc.formats import TrellisFormat
 from tnc.kernels import trellis as row
-from tnc.kernels import trellis_fixes, trellis_ops
+from tnc.kernels import trellis_fixes, trellis_launch, trellis_ops
 from tnc.kernels.trellis_launch import rebuild
 from tnc.kernels.trellis_ops import stream_of
 from tnc.quant import rtn
@@ -60,6 +60,15 @@ def test_one_and_two_tokens(bits, rows, columns, rank, tokens, dtype):
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, None), (300, 45, None), (37, 150, 70), (20, 130, 0)])
 def test_tiles(bits, tokens, rows, columns, rank):
     check(row, trellis(rows, columns, bits, rank=rank), inputs(tokens, columns, torch.float16))
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 20, 140), (5, 300, 45), (33, 300, 45)])
+def test_units_with_several_items_of_fixes(tokens, rows, columns, monkeypatch):
+    monkeypatch.setattr(trellis_fixes, "EACH", 16)
+    monkeypatch.setattr(trellis_launch, "EACH", 16)
+    case = trellis(rows, columns, 2)
+    assert int(row.bind(case.operator).pack(case.operator.tensors())["firsts"][1].diff().max()) > 1
+    check(row, case, inputs(tokens, columns, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
