@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies_matrices import well_conditioned
@@ -90,6 +91,18 @@ def test_sharing_stores_one_right_factor_and_is_never_better_at_one_rank():
             assert option.bits < own.bits
             if choice.factors == "16":
                 assert option.nats >= own.nats * (1 - 1e-3)
+
+
+def test_shared_options_that_pay_are_measured(monkeypatch):
+    """Layers with one row space up to noise: their own terms of the same ranks are known, and bound nothing away."""
+    weights, stats = group((24, 24, 24), 24, 0)
+    common = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
+    weights = [(0.02 * w.float() + w.float()[:, :4] @ common).half() for w in weights]
+    bounded = measure_groups(weights, stats, PORTFOLIO)
+    ranks = {c.rank for c in shared_options(bounded)[0] if (c.base, c.factors) == ("none", "16")}
+    assert ranks & {o.choice.rank for o in bounded[0].options if o.choice == Choice("none", o.choice.rank)}
+    monkeypatch.setattr(shared_curves, "_least", lambda curves, base: {})
+    assert repr(bounded) == repr(measure_groups(weights, stats, PORTFOLIO))
 
 
 @pytest.mark.parametrize("fisher", [True, False])
