@@ -108,6 +108,18 @@ def test_eight_bits_are_close_to_floats_and_no_factors_beat_the_tail(seed, fishe
 
 @settings(max_examples=FEW)
 @given(seed=st.integers(0, 99), fisher=st.booleans(), bits=BITS)
+def test_signs_that_an_eigensolver_may_return_either_way_change_nothing(seed, fisher, bits):
+    problem = well_conditioned(10, 14, seed, fisher=fisher)
+    floats = truncated_svd(problem.weight, 4, metric=problem.metric)
+    signs = torch.where(torch.rand(4, generator=generator(seed)) < 0.5, -1.0, 1.0).to(floats.left.dtype)
+    flipped = LowRank(floats.left * signs, floats.right * signs[:, None])
+    formats = FactorFormats.of(IntFormat(bits))
+    one, other = (dense64(quantize_factors(problem.weight, f, problem.metric, formats).term) for f in (floats, flipped))
+    assert torch.equal(one, other)
+
+
+@settings(max_examples=FEW)
+@given(seed=st.integers(0, 99), fisher=st.booleans(), bits=BITS)
 def test_more_rounds_are_never_worse(seed, fisher, bits):
     problem = well_conditioned(10, 14, seed, fisher=fisher)
     errors = [error(problem, fitted(problem, 4, bits, rounds=rounds).term) for rounds in (1, 2, 4)]

@@ -179,7 +179,9 @@ def spread(
     Rounding row i to a range of its own leaves ``gᵢ² ‖δᵢ‖²``, ``gᵢ`` the G-length of column i of the left factors and
     ``‖δᵢ‖`` in proportion to the row's length ``rᵢ``: ``Σ gᵢ² rᵢ²`` in total. After scaling row i by ``cᵢ`` and a
     rotation that mixes all components alike, it is ``Σ gᵢ² / cᵢ² · Σ cᵢ² rᵢ² / k``, least at ``cᵢ² = gᵢ / rᵢ``, where
-    it is ``(Σ gᵢ rᵢ)² / k``: by Cauchy and Schwarz never more, and less the faster the spectrum falls.
+    it is ``(Σ gᵢ rᵢ)² / k``: by Cauchy and Schwarz never more, and less the faster the spectrum falls. An eigensolver
+    returns a component with either sign; the largest entry of each row of ``right`` is made positive, so that the
+    rounded factors do not follow it: what was planned is what is made.
 
     Args:
         lefts: (m_i, k) each.
@@ -192,6 +194,8 @@ def spread(
     length: Tensor = torch.linalg.vector_norm(right, dim=1)
     # a component that G or the row does not show keeps out of the way of the others
     scale = (_floored(weight) / _floored(length)).sqrt()
+    largest = right.gather(1, right.abs().argmax(1, keepdim=True)).squeeze(1)
+    scale = torch.where(largest < 0, -scale, scale)
     generator = torch.Generator().manual_seed(seed)
     square = torch.randn(len(scale), len(scale), generator=generator, dtype=torch.float64).to(right.device)
     rotation: Tensor = torch.linalg.qr(square).Q
