@@ -37,6 +37,7 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     found.add_argument("--stats", type=Path, help="statistics file")
     found.add_argument("--calib", type=Path, help="calibration text, where there is no file")
     found.add_argument("--context", type=int, default=512)
+    found.add_argument("--sequences", type=int, default=128, help="calibration windows")
     found.add_argument("--share", type=float, default=0.5, help="of 16 bits a weight")
     found.add_argument("--only", default="", help="pattern of layer names")
     found.add_argument("--jobs", type=int, default=2)
@@ -90,7 +91,7 @@ def load(arguments: argparse.Namespace) -> None:
     else:
         text = read_text(arguments.calib)
         batches = calibration_batches(
-            load_tokenizer(arguments.model), text, context=arguments.context, sequences=128
+            load_tokenizer(arguments.model), text, context=arguments.context, sequences=arguments.sequences
         )  # fmt: skip
         STATS.update(on_cpu(calibrate(model, [batch.to(device) for batch in batches])))
     WEIGHTS.update({name: weight_of(layer).detach().cpu().clone() for name, layer in select_layers(model).items()})
@@ -109,8 +110,8 @@ def _write(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def kind(name: str) -> str:
-    """What layers are grouped by: the last part of the name."""
-    return name.rpartition(".")[2]
+    """What layers are grouped by: the last part of the name that is no number."""
+    return next(part for part in reversed(name.split(".")) if not part.isdigit())
 
 
 def middle(values: Sequence[float]) -> str:
