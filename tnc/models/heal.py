@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from tnc.errors import ModelError, check_finite
+from tnc.models.factor_adam import FactorAdam
 from tnc.models.heal_state import load_state, save_state
 from tnc.models.layers import decoder_blocks
 from tnc.models.sequences import Batch, read_sequences
@@ -67,7 +68,7 @@ def heal(
         teacher: the dense model, on the same device; not changed.
         block_steps: steps of matching block outputs; 0 leaves the phase out.
         logit_steps: steps of matching token distributions; 0 leaves the phase out.
-        learning_rate: of AdamW without weight decay, relative to the root mean square of each factor, after a
+        learning_rate: of Adam without weight decay, relative to the root mean square of each factor, after a
             warm-up over 5 % of the steps and down a cosine to a tenth.
         autocast: dtype of the arithmetic on a GPU, for example ``torch.bfloat16``; factors are trained in float32
             and rounded to their stored dtype at the end.
@@ -135,7 +136,7 @@ def trainable_factors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _Run:
-    """AdamW over the factors, its schedule, the order of the batches, and the file they resume from."""
+    """Adam over the factors, its schedule, the order of the batches, and the file they resume from."""
 
     def __init__(
         self, factors: dict[str, nn.Parameter], plan: dict[str, int], rate: float, batches: int, seed: int,
@@ -151,8 +152,7 @@ class _Run:
             stored = load_state(file, self._key)
             self.done, self.losses, sizes = stored.done, stored.losses, stored.sizes
         self._sizes = sizes
-        groups = [{"params": [p], "lr": rate * sizes[name], "rate": rate * sizes[name]} for name, p in factors.items()]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
+        self.optimizer = FactorAdam(factors, {name: rate * size for name, size in sizes.items()})
         if self.done:
             stored.restore(factors, self.optimizer)
 
@@ -163,16 +163,16 @@ class _Run:
         return int(torch.randperm(self._batches, generator=generator)[place])
 
     def step(self, phase: str, step: int, loss: Tensor) -> None:
-        """One update of all factors."""
-        check_finite(loss.detach(), f"the {phase} loss at step {step} (lower the learning rate)")
-        inside = step if phase == "blocks" else step - self.plan["blocks"]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * _schedule(inside, self.plan[phase])
-        self.optimizer.zero_grad(set_to_none=True)
+        """One update of all factors; the loss is waited for once, when all of its arithmetic is under way."""
+        for factor in self.factors.values():
+            factor.grad = None
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(list(self.factors.values()), _CLIP)
-        self.optimizer.step()
-        self.losses[phase].append(float(loss.detach()))
+        value = loss.detach().cpu()
+        check_finite(value, f"the {phase} loss at step {step} (lower the learning rate)")
+        inside = step if phase == "blocks" else step - self.plan["blocks"]
+        self.optimizer.step(_schedule(inside, self.plan[phase]))
+        self.losses[phase].append(float(value))
         self.done = step + 1
 
     def save(self) -> None:

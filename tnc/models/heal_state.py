@@ -1,4 +1,4 @@
-"""The file from which a fine-tune resumes: factors, moments of AdamW and losses as one safetensors file."""
+"""The file from which a fine-tune resumes: factors, moments of Adam and losses as one safetensors file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tnc.errors import ModelError
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+from tnc.models.factor_adam import FactorAdam
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,24 +32,23 @@ class HealState:
     sizes: dict[str, float]
     tensors: dict[str, Tensor]
 
-    def restore(self, factors: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, factors: Mapping[str, nn.Parameter], optimizer: FactorAdam) -> None:
         """Put factors and moments back."""
-        for name, parameter in factors.items():
-            parameter.data.copy_(self.tensors[f"factor/{name}"])
-            moments = {key: self.tensors[f"{key}/{name}"] for key in _MOMENTS}
-            device = {key: parameter.device if key != "step" else torch.device("cpu") for key in _MOMENTS}
-            optimizer.state[parameter] = {key: moments[key].to(device[key]) for key in _MOMENTS}
+        for name, mean, square in zip(optimizer.names, optimizer.means, optimizer.squares, strict=True):
+            factors[name].data.copy_(self.tensors[f"factor/{name}"])
+            mean.copy_(self.tensors[f"mean/{name}"])
+            square.copy_(self.tensors[f"square/{name}"])
+        optimizer.steps = self.done
 
 
 def save_state(
     file: Path, key: Mapping[str, Any], done: int, losses: Mapping[str, list[float]], sizes: Mapping[str, float],
-    factors: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+    factors: Mapping[str, nn.Parameter], optimizer: FactorAdam,
 ) -> None:  # fmt: skip
     """Write the state under a temporary name, then rename: a killed run leaves the old file or the new one."""
     tensors = {f"factor/{name}": p.detach().cpu().contiguous() for name, p in factors.items()}
-    for name, parameter in factors.items():
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].detach().cpu().contiguous()
+    for name, mean, square in zip(optimizer.names, optimizer.means, optimizer.squares, strict=True):
+        tensors |= {f"mean/{name}": mean.cpu().contiguous(), f"square/{name}": square.cpu().contiguous()}
     about = {"key": key, "done": done, "losses": losses, "sizes": sizes}
     partial = file.with_name(f"{file.name}.partial")
     save_file(tensors, partial, metadata={"heal": json.dumps(about)})
