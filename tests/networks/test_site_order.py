@@ -20,7 +20,7 @@ from tnc.errors import RankError, ShapeError
 from tnc.metric import Metric
 from tnc.networks import Rows, shared_order, tt_svd
 from tnc.networks.site_order import _match, site_order
-from tnc.terms import dense64
+from tnc.terms import Dense, dense64
 
 
 @settings(max_examples=20)
@@ -129,6 +129,9 @@ def test_an_ordering_is_a_transform_that_is_stored_only_if_it_helps():
         f"site order from {found.start}: {found.before:.4f} to {found.after:.4f} at bond 4, diagonal metric",
     )
     assert moved.report.storage_bits == plain.report.storage_bits + 8 * (16 + 36)
+    inner = SiteOrdering(4).apply(problem.weight, stats)
+    assert torch.equal(inner.weight, problem.weight.double()[found.rows][:, found.columns])
+    assert torch.equal(dense64(inner.wrap(Dense(inner.weight))), problem.weight.double())
     exact = torch.kron(torch.randn(4, 6, generator=generator(1)), torch.randn(4, 6, generator=generator(2)))
     kept = decompose(exact, (stage,), transforms=(SiteOrdering(1),))
     assert kept.report.choices == ("site order: no better one found",) and kept.operator.kind == "mpo"
