@@ -1,6 +1,7 @@
 """Decompositions: low-rank closed forms, stages, the engine, recipes and reports."""
 
 from tnc.decompose import catalogue  # noqa: F401  registers the recipes
+from tnc.decompose.chosen_modes import ChosenModesStage
 from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.engine import Decomposition, decompose
 from tnc.decompose.factors import FactorFormats, quantize_factors
@@ -25,10 +26,10 @@ from tnc.decompose.transforms import (
 )
 
 __all__ = [
-    "RECIPES", "AwqScaling", "BitsPerWeight", "Decomposition", "DenseStage", "DenseTarget", "FactorFormats", "Fitted",
-    "Gate", "GivenStage", "InputPermutation", "InputRotation", "LayerReport", "LearntScaling", "LowRankStage",
-    "MpoStage", "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank", "Recipe", "RecipeEntry",
-    "RelativeError", "SelectedStage", "SiteOrdering", "Size", "Smoothing", "Stage", "Target", "Transform",
-    "Transformed", "compensate", "decompose", "measure", "quantize_factors", "recipe", "register_recipe",
+    "RECIPES", "AwqScaling", "BitsPerWeight", "ChosenModesStage", "Decomposition", "DenseStage", "DenseTarget",
+    "FactorFormats", "Fitted", "Gate", "GivenStage", "InputPermutation", "InputRotation", "LayerReport",
+    "LearntScaling", "LowRankStage", "MpoStage", "OutputPermutation", "OutputRotation", "QuantizeStage", "Rank",
+    "Recipe", "RecipeEntry", "RelativeError", "SelectedStage", "SiteOrdering", "Size", "Smoothing", "Stage", "Target",
+    "Transform", "Transformed", "compensate", "decompose", "measure", "quantize_factors", "recipe", "register_recipe",
     "truncated_svd",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tnc.column_space import spectrum
-from tnc.decompose import DenseStage, LowRankStage, MpoStage, Rank, Recipe
+from tnc.decompose import ChosenModesStage, DenseStage, LowRankStage, MpoStage, Rank, Recipe
 from tnc.decompose.forms import FormStage
 from tnc.errors import ModelError, StatsError
 from tnc.metric import Metric
@@ -20,7 +20,7 @@ def stored_in(recipe: Recipe, dtype: torch.dtype | None) -> Recipe:
     """The recipe with factors stored in ``dtype`` where its stages name none."""
     stages = tuple(
         replace(stage, dtype=dtype)
-        if isinstance(stage, LowRankStage | FormStage | MpoStage) and stage.dtype is None
+        if isinstance(stage, LowRankStage | FormStage | MpoStage | ChosenModesStage) and stage.dtype is None
         else stage
         for stage in recipe.stages
     )

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+from tnc.decompose.chosen_modes import ChosenModesStage
 from tnc.decompose.mpo_stage import MpoStage
 from tnc.decompose.recipes import Recipe, RecipeEntry, factor_format_of, register_recipe
 from tnc.decompose.site_ordering import SiteOrdering
@@ -64,6 +65,10 @@ def _ordered(*, rank: Size, cores: int = 2) -> Recipe:
     return Recipe("", stages, candidates=(Recipe("as given", stages), moved))
 
 
+def _chosen(*, rank: Size) -> Recipe:
+    return Recipe("", (ChosenModesStage(rank),))
+
+
 _SIZE = ("rank", "cores")
 _ROUNDED = (*_SIZE, "factor_bits", "factor_format", "group_size")
 
@@ -76,6 +81,8 @@ for _name, _summary, _source, _options, _build in (
      "MATH.md section 4", _SIZE, partial(_mpo, Metric.auto, 2)),
     ("mpo_pooled", "mpo with bonds pooled over the whole model by nats per bit, cores in factor_bits if given",
      "MATH.md sections 0 and 4", _ROUNDED, _pooled),
+    ("mpo_modes", "mpo of two cores over modes chosen for the layer, from those of a truncated SVD to balanced ones",
+     "MATH.md section 4", ("rank",), _chosen),
     ("mpo_ordered", "mpo in the given order of rows and columns or in a searched one, stored as indices: the better",
      "MATH.md section 4", _SIZE, _ordered),
     ("mpo_low_rank", "mpo plus a low-rank correction in the same metric (of BitsPerWeight each takes half)",
