@@ -51,7 +51,12 @@ def rows(share: float, only: str) -> list[Recipe]:
     found += [recipe(name, **size) for name in ("mpo_pooled", "svd")]
     ordered = recipe("mpo_ordered", **size).candidates[1]  # without the choice, which would decompose twice
     found.append(replace(ordered, name="mpo, sites ordered"))
-    found += [recipe("svd_llm", **size), recipe("compactifai", **size, cores=3), recipe("mpo", **size, cores=3)]
+    found += [
+        recipe("mpo_modes", **size),
+        recipe("svd_llm", **size),
+        recipe("compactifai", **size, cores=3),
+        recipe("mpo", **size, cores=3),
+    ]
     found.append(recipe("blast", **size, blocks=8))
     return [each for each in found if re.search(only, label(each))]
 

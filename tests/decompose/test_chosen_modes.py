@@ -52,7 +52,7 @@ def test_it_is_the_best_candidate_refined():
     errors[candidates[0]] = error(truncated_svd(PROBLEM.weight, rank, metric=PROBLEM.metric))
     least = min(errors, key=lambda modes: errors[modes])
     for sweeps in (1, 2):
-        found = decompose(PROBLEM.weight, (ChosenModesStage(SIZE, sweeps=sweeps),), PROBLEM.stats)
+        found = decompose(PROBLEM.weight, (ChosenModesStage(SIZE, (2, 4), sweeps=sweeps),), PROBLEM.stats)
         assert found.report.choices == (f"modes {least[0]} x {least[1]}, the best of 10",)
         assert isinstance(found.operator, Mpo) and (found.operator.out_modes, found.operator.in_modes) == least
         assert error(found.operator) <= errors[least] * (1 + 1e-6)
@@ -72,8 +72,8 @@ def test_a_matrix_that_is_low_rank_after_moving_columns_is_found(side):
 
 
 def test_the_recipe_and_its_bits():
-    built = recipe("mpo_modes", rank=SIZE)
-    assert built.stages == (ChosenModesStage(SIZE),)
+    built = recipe("mpo_modes", rank=SIZE, blocks=2)
+    assert built.stages == (ChosenModesStage(SIZE, splits=(2,)),)
     found = decompose(PROBLEM.weight, built.stages, PROBLEM.stats)
     assert found.report.bits_per_weight <= 12 and found.report.svd_predicted_nats >= found.report.predicted_nats
 

@@ -47,7 +47,7 @@ OWN = {
     "best_at_bits": {"rank": tnc.BitsPerWeight(5)},
     "svd_pooled": {"rank": tnc.BitsPerWeight(20)}, "mpo_pooled": {"rank": tnc.BitsPerWeight(20), "cores": 3},
     "mpo_low_rank": {"rank": tnc.BitsPerWeight(20)}, "mpo": {"rank": 2, "cores": 3},
-    "mpo_modes": {"rank": tnc.BitsPerWeight(20)},
+    "mpo_modes": {"rank": tnc.BitsPerWeight(20), "blocks": 7},  # divides no layer: only the first and the last modes
 }  # fmt: skip
 ALL = [
     (name, OWN.get(name, {k: VALUES[k] for k in entry.options if k in VALUES})) for name, entry in tnc.RECIPES.items()

@@ -45,7 +45,7 @@ class ChosenModesStage:
     """
 
     rank: Size
-    splits: tuple[int, ...] = (2, 4)
+    splits: tuple[int, ...] = (4,)
     metric: MetricOf = Metric.auto
     sweeps: int = 2
     dtype: torch.dtype | None = None

@@ -65,8 +65,8 @@ def _ordered(*, rank: Size, cores: int = 2) -> Recipe:
     return Recipe("", stages, candidates=(Recipe("as given", stages), moved))
 
 
-def _chosen(*, rank: Size) -> Recipe:
-    return Recipe("", (ChosenModesStage(rank),))
+def _chosen(*, rank: Size, blocks: int = 4) -> Recipe:
+    return Recipe("", (ChosenModesStage(rank, splits=(blocks,)),))
 
 
 _SIZE = ("rank", "cores")
@@ -82,7 +82,7 @@ for _name, _summary, _source, _options, _build in (
     ("mpo_pooled", "mpo with bonds pooled over the whole model by nats per bit, cores in factor_bits if given",
      "MATH.md sections 0 and 4", _ROUNDED, _pooled),
     ("mpo_modes", "mpo of two cores over modes chosen for the layer, from those of a truncated SVD to balanced ones",
-     "MATH.md section 4", ("rank",), _chosen),
+     "MATH.md section 4", ("rank", "blocks"), _chosen),
     ("mpo_ordered", "mpo in the given order of rows and columns or in a searched one, stored as indices: the better",
      "MATH.md section 4", _SIZE, _ordered),
     ("mpo_low_rank", "mpo plus a low-rank correction in the same metric (of BitsPerWeight each takes half)",
