@@ -38,7 +38,7 @@ from tnc.models.pooling import at_rank, pooled_layer
 from tnc.models.report import ModelReport
 from tnc.models.text import Tokenizer, calibration_batches, full_windows, read_text, token_windows
 from tnc.modules import FactoredLinear
-from tnc.planning import PooledLayer, pooled_ranks
+from tnc.planning import PooledBonds, PooledLayer, pooled_ranks
 from tnc.terms import from_spec, map_tensors
 
 DTYPE = torch.float16  # of stored factors
@@ -100,7 +100,7 @@ def _layer(job: _Job) -> Made:
     return made.operator.spec(), tensors, made.report
 
 
-def _spectrum(job: tuple[Recipe, str]) -> PooledLayer:
+def _spectrum(job: tuple[Recipe, str]) -> PooledLayer | PooledBonds:
     torch.set_num_threads(1)
     each, layer = job
     return pooled_layer(each, _WORK["weights"][layer], _WORK["stats"][layer], DTYPE)
