@@ -30,7 +30,7 @@ FORMAT = IntFormat(3, group_size=8)
 
 
 def build(name, rank=4):
-    size = BitsPerWeight(8) if name.endswith(("_pooled", "_bits")) else rank
+    size = BitsPerWeight(8) if name.endswith(("_pooled", "_bits", "_modes")) else rank
     options = {"bits": 3, "group_size": 8, "rank": size, "blocks": 2}
     return recipe(name, **{k: v for k, v in options.items() if k in RECIPES[name].options})
 
