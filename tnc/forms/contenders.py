@@ -8,7 +8,17 @@ from functools import partial
 import torch
 
 from tnc.decompose import BitsPerWeight, LowRankStage, MpoStage, QuantizeStage, Stage
-from tnc.decompose.forms import Form, FormStage, blast, block_low_rank, cp, monarch, tensor_ring, tucker
+from tnc.decompose.forms import (
+    Form,
+    FormStage,
+    blast,
+    block_low_rank,
+    block_term,
+    cp,
+    monarch,
+    tensor_ring,
+    tucker,
+)
 from tnc.decompose.stages import MetricOf
 from tnc.formats import IntFormat
 from tnc.metric import Metric
@@ -52,6 +62,7 @@ def contenders(
         f"monarch {blocks[0]}×{blocks[1]}": partial(monarch, blocks=blocks),
         "tensor ring, 3 cores": tensor_ring,
         "tucker": tucker,
+        "4 Tucker terms": block_term,
         "cp": cp,
     }
     grouped = _group(shape[1], group_size)

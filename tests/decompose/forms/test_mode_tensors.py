@@ -13,7 +13,7 @@ from strategies_matrices import brute_squared_norm, generator, problems, well_co
 from torch import Tensor
 
 from tnc.decompose import BitsPerWeight, truncated_svd
-from tnc.decompose.forms import cp, tensor_ring, tucker
+from tnc.decompose.forms import block_term, cp, tensor_ring, tucker
 from tnc.decompose.refine import refine
 from tnc.errors import RankError, ShapeError
 from tnc.formats import IntFormat
@@ -33,10 +33,12 @@ def legs(shape, cores):
 def limits(form):
     if form is tensor_ring:
         return lambda shape: min(legs(shape, 2)[0] * legs(shape, 2)[2], legs(shape, 2)[1] * legs(shape, 2)[3])
-    return lambda shape: max(legs(shape, 2)) if form is tucker else prod(legs(shape, 2)) // max(legs(shape, 2))
+    return lambda shape: (
+        max(legs(shape, 2)) if form in (tucker, block_term) else prod(legs(shape, 2)) // max(legs(shape, 2))
+    )
 
 
-@pytest.mark.parametrize("form", [tensor_ring, tucker, cp])
+@pytest.mark.parametrize("form", [tensor_ring, tucker, block_term, cp])
 def test_they_obey_the_laws(form):
     def decomposer(weight: Tensor, rank: int, metric: Metric):
         return form(weight, rank, cores=2, metric=metric, sweeps=1)
@@ -53,6 +55,23 @@ def test_tucker_in_the_frobenius_norm_is_tensorlys():
     assert float((weight - term.to_dense()).norm()) == pytest.approx(expected, rel=1e-6)
 
 
+def test_block_terms_find_a_sum_of_tucker_terms_that_one_term_cannot_hold():
+    """Oracle: two blocks with disjoint supports in every mode, each of multilinear rank 1; one term needs rank 2."""
+    tensor = torch.zeros(4, 4, 4, 4, dtype=torch.float64)
+    tensor[:2, :2, :2, :2] = 3.0
+    tensor[2:, 2:, 2:, 2:] = 1.0
+    weight, modes = tensor.reshape(16, 16), ((4, 4), (4, 4))
+    blocks = block_term(weight, 1, terms=2, modes=modes)
+    assert [term.ranks for term in blocks.terms] == [(1, 1, 1, 1)] * 2
+    torch.testing.assert_close(blocks.to_dense(), weight)
+    assert float((weight - tucker(weight, 1, modes=modes).to_dense()).norm()) > 3.9
+
+
+def test_a_block_term_form_needs_two_terms():
+    with pytest.raises(RankError, match=r"block_term\(terms=1\) has no sum; use at least 2 terms"):
+        block_term(torch.zeros(4, 4), 1, terms=1)
+
+
 def test_the_ring_is_never_above_the_train_it_starts_from():
     weight = torch.randn(12, 18, generator=generator(1), dtype=torch.float64)
     train = tt_svd(weight, (2, 2, 3), (3, 3, 2), max_rank=4)
@@ -63,7 +82,10 @@ def test_the_ring_is_never_above_the_train_it_starts_from():
 
 
 @settings(max_examples=15)
-@given(problem=problems(scales=st.sampled_from([1e-2, 1.0, 1e2])), form=st.sampled_from([tensor_ring, tucker, cp]))
+@given(
+    problem=problems(scales=st.sampled_from([1e-2, 1.0, 1e2])),
+    form=st.sampled_from([tensor_ring, tucker, block_term, cp]),
+)
 def test_refinement_never_climbs(problem, form):
     errors = []
     for sweeps in (0, 1, 2):
@@ -96,7 +118,7 @@ def test_refinement_leaves_a_quantized_base_alone():
     assert after < 0.95 * before
 
 
-@pytest.mark.parametrize("form", [tensor_ring, tucker, cp])
+@pytest.mark.parametrize("form", [tensor_ring, tucker, block_term, cp])
 def test_bits_are_met_and_used(form):
     weight = torch.randn(16, 36, generator=generator(0)).bfloat16()
     fit = partial(form, sweeps=0)

@@ -101,15 +101,11 @@ def tucker(
     outs, ins = _modes(weight, cores, modes)
     legs = (*outs, *ins)
 
-    def ranks(rank: int) -> tuple[int, ...]:
-        return tuple(min(-(-leg * rank // max(legs)), prod(legs) // leg) for leg in legs)
-
     def bits(rank: int) -> int:
-        entries = prod(ranks(rank)) + sum(leg * r for leg, r in zip(legs, ranks(rank), strict=True))
-        return entries * (dtype or weight.dtype).itemsize * 8
+        return tucker_entries(legs, rank) * (dtype or weight.dtype).itemsize * 8
 
     def start(rank: int) -> Tucker:
-        wanted = ranks(rank)
+        wanted = tucker_ranks(legs, rank)
         scaled, size = _scaled(weight, legs)
         if rank == 0 or size == 0:
             factors = tuple(torch.zeros(leg, r, dtype=torch.float64) for leg, r in zip(legs, wanted, strict=True))
@@ -122,6 +118,17 @@ def tucker(
     found = fit_size(family, rank, weight, metric or Metric())
     assert isinstance(found, Tucker)
     return found
+
+
+def tucker_ranks(legs: Modes, rank: int) -> Modes:
+    """Rank of every mode where the largest has ``rank``."""
+    return tuple(min(-(-leg * rank // max(legs)), prod(legs) // leg) for leg in legs)
+
+
+def tucker_entries(legs: Modes, rank: int) -> int:
+    """Numbers of the core and all factors."""
+    ranks = tucker_ranks(legs, rank)
+    return prod(ranks) + sum(leg * r for leg, r in zip(legs, ranks, strict=True))
 
 
 def cp(
