@@ -1,7 +1,7 @@
 """Adam over many small factors, each with steps relative to its own size, in a handful of launches.
 
-`torch.optim.AdamW` takes such rates as one parameter group a factor and then updates them one by one: on a GPU that
-was half of the time of a step of `tnc.heal`.
+`torch.optim.AdamW` takes such rates as one parameter group a factor and then updates them one by one: hundreds of
+launches a step.
 """
 
 from __future__ import annotations
