@@ -43,7 +43,7 @@ def trellis_tile(x, turned, stream, firsts, items, fixes, steps, left, right, t,
     pid = tl.program_id(0)
     R: tl.constexpr = 32 if BITS == 3 else 16
     if pid < PRODUCERS:
-        produce_tile(x, right, t, tslab, counters, counters + 2, pid, M, BM, K, RANK, RK, RB, KS, F32, PDL)
+        produce_tile(x, right, t, tslab, counters, counters + 2, pid, M, BM, K, RANK, RK, RB, KS, False, F32, PDL)
     else:
         item = pid - PRODUCERS
         unit = (item - ITEMS) // SK
