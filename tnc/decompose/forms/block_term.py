@@ -52,7 +52,7 @@ def block_term(
     legs = (*outs, *ins)
     stored = (dtype or weight.dtype).itemsize * 8
 
-    def fit(rank: int) -> Sum:
+    def fit(rank: int) -> Expression:
         found: list[Expression] = []
         residual = weight.double()
         for _ in range(terms):
