@@ -118,7 +118,7 @@ def test_layers_loaded_moved_or_copied_are_grouped_anew():
     layer = experts.down_proj[1]
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     twin = copy.deepcopy(experts)
-    changed = {name: t * 2 if name.endswith("left") else t for name, t in state.items()}
+    changed = {name: t * 2 if name.endswith("scale") else t for name, t in state.items()}
     layer.load_state_dict(changed)
     assert not torch.equal(same(experts, arguments), first)
     assert torch.equal(same(twin, arguments), first)

@@ -153,6 +153,7 @@ def test_a_module_runs_its_experts_together_and_moves_back():
             weights = torch.rand(tokens, 2, device="cuda").to(BRAIN)
             got, exact = experts(x, index, weights).double(), experts._one_by_one(x, index, weights).double()
             assert (got - exact).norm() <= 2 * ROUNDING[BRAIN] * exact.norm()
-            torch.testing.assert_close(torch.compile(experts, fullgraph=True)(x, index, weights), got.to(BRAIN))
+            compiled = torch.compile(experts, fullgraph=True)(x, index, weights).double()
+            assert (compiled - got).norm() <= ROUNDING[BRAIN] * got.norm()  # a fused activation rounds less often
     back = model.cpu().state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in before.items())
