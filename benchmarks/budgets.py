@@ -17,16 +17,15 @@ bits and two-sided refined int5, too, without factors; ``trellisN`` is one trell
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks.planned_model import Start, parser, totals
+from benchmarks.results import read, write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, IntFormat, Plan, Portfolio
 from tnc.decompose import InputRotation, OutputRotation, QuantizeStage
@@ -120,7 +119,7 @@ def uniform(table: CurveTable, choices: Mapping[str, Choice]) -> Plan:
 def run(arguments: argparse.Namespace) -> None:
     """All rows that the file lacks, seed by seed."""
     end = time.monotonic() + arguments.seconds
-    start, name, found = Start.of(arguments), arguments.model.name, _read(arguments.out)
+    start, name, found = Start.of(arguments), arguments.model.name, read(arguments.out)
     found["machine"] = machine()
     found.setdefault("dense", {})[name] = evaluate(start.dense, start.windows).to_json()
     for seed in arguments.seeds:
@@ -128,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
         if time.monotonic() < end and [seed, name] not in found.setdefault("complete", []):
             _run_seed(arguments, start, seed, have, found)
             found["complete"].append([seed, name])
-            _write(arguments.out, found)
+            write(arguments.out, found)
 
 
 def _run_seed(
@@ -150,18 +149,9 @@ def _run_seed(
                 "model": name, "seed": seed, "kind": kind, "budget": budget, "lower_bound": plan.lower_bound,
                 **totals(made), **scores.to_json(), "options": dict(options),
             })  # fmt: skip
-            _write(arguments.out, found)
+            write(arguments.out, found)
             print(_line(found["rows"][-1]), flush=True)
     print(f"{name} seed {seed}: {time.monotonic() - begin:.0f} s", flush=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {"rows": []}
-
-
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -210,7 +200,7 @@ def main() -> None:
     own.add_argument("--table", action="store_true", help="print the table of --out")
     arguments = own.parse_args()
     if arguments.table:
-        print("\n".join(table_of(_read(arguments.out))))
+        print("\n".join(table_of(read(arguments.out))))
     else:
         run(arguments)
 

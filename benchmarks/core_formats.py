@@ -9,12 +9,12 @@ and in predicted nats on the held-out ones. "Plain" operators are TT-SVDs with c
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, LayerStats, LowRankStage, MpoStage, QuantizeStage, decompose, load_stats
 from tnc.decompose.stages import Stage
@@ -77,8 +77,7 @@ def main() -> None:
         print(f"{name:<36} " + "  ".join(cells), flush=True)
     totals = {form: sum(row[form]["nats"] for row in rows.values()) for form in next(iter(rows.values()))}
     print(f"nats of {len(rows)} layers: " + "  ".join(f"{form} {nats:.4f}" for form, nats in totals.items()))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write(arguments.out, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ ranks that serving stacks have, a random half of the bases.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from benchmarks.planned_model import Start, parser
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import Plan, Portfolio, RelativeError
 from tnc.planning import AllowedBases, AllowedRanks, Constraint, CurveTable, KeepDense, Rules, plan_curves
@@ -58,8 +58,7 @@ def main() -> None:
     own.add_argument("--seed", type=int, default=0)
     arguments = own.parse_args()
     result = run(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ largest over layers), and the error of float16 and of 4-bit factors at the same 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, IntFormat, LayerStats, LowRankStage, Metric, gptq, load_stats
 from tnc.decompose import Target
@@ -66,8 +66,7 @@ def main() -> None:
     for rank in sorted({row["rank"] for row in rows}):
         some = [row for row in rows if row["rank"] == rank]
         _print(rank, some)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write(arguments.out, {"machine": machine(), "rows": rows})
 
 
 def _print(rank: int, rows: list[dict[str, Any]]) -> None:

@@ -12,7 +12,6 @@ orthogonal rotation of rows and columns, which makes them near Gaussian.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import NumberFormat, number_format, rtn
 from tnc.formats import TrellisFormat
@@ -112,8 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/formats.json"))
     arguments = parser.parse_args()
     rows = run(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    write(arguments.out, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from benchmarks.gpu_clock import replayed
 from benchmarks.gpu_decoder import decoders
+from benchmarks.results import write
 from tnc.formats import TrellisFormat
 from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels import mpo as mpo_row
@@ -266,8 +267,7 @@ def main() -> None:
         for each in decoders():
             found.append(each)
             print(each, flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+    write(arguments.out, {"machine": machine, "rows": found})
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu import BRAIN, Row, count, microseconds, normal, packed
+from benchmarks.results import write
 from tnc.formats import IntFormat
 from tnc.kernels import Repacking, choose
 from tnc.kernels.qlr_launch import Packed, tile, vector
@@ -144,8 +145,7 @@ def main() -> None:
             shown = "no time: wrong" if time is None else f"{time:9.2f} us"
             print(f"{row.kernel:<60}{row.shape:<14}{row.tokens:>5} {shown}  error {error:.1e}", flush=True)
         torch.cuda.empty_cache()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+    write(arguments.out, {"machine": machine, "rows": found})
 
 
 if __name__ == "__main__":

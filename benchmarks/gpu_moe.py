@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.gpu_clock import replayed
+from benchmarks.results import write
 from tnc.kernels import experts as row
 from tnc.kernels.experts_launch import Stacked
 from tnc.kernels.qlr_ops import dense, run
@@ -174,8 +175,7 @@ def main() -> None:
             for tokens in TOKENS:
                 rows += measured(shape, tokens)
                 torch.cuda.empty_cache()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    write(arguments.out, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.gpu_clock import replayed
+from benchmarks.results import write
 from tnc.kernels.hadamard import hadamard
 from tnc.kernels.mpo3 import mpo3
 from tnc.kernels.mpo_prices import candidates
@@ -90,8 +91,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         rows = rotations() + three_cores()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    write(arguments.out, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

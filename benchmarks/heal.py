@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
 import re
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.portfolio import on_cpu
+from benchmarks.results import read, write
 from benchmarks.run import machine
 from benchmarks.windows import spread
 from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, compress, heal, load_stats, recipe
@@ -209,7 +209,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     dense, tokenizer = load_model(arguments.model).to(device), load_tokenizer(arguments.model)
     windows = spread(token_windows(tokenizer, read_text(arguments.text), arguments.context), arguments.windows)
-    found = _read(arguments.out)
+    found = read(arguments.out)
     given = {key: str(value) for key, value in vars(arguments).items()}
     base = evaluate(dense, windows, batch_size=16).to_json()
     found |= {"machine": machine(), "arguments": given, "dense": base}
@@ -226,7 +226,7 @@ def run(arguments: argparse.Namespace) -> None:
         if time.monotonic() > end:
             break
         found["rows"].append(row(chosen[number], small, training, windows))
-        _write(arguments.out, found)
+        write(arguments.out, found)
 
 
 def _statistics(arguments: argparse.Namespace, dense: nn.Module, tokenizer: Tokenizer) -> dict[str, LayerStats]:
@@ -249,17 +249,6 @@ def _training(arguments: argparse.Namespace, dense: nn.Module, tokenizer: Tokeni
         batches, list(kept), dense, arguments.rates, arguments.search, arguments.block_steps, arguments.logit_steps,
         arguments.seed,
     )  # fmt: skip
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {"rows": []}
-
-
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(path)
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
@@ -303,7 +292,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of --out")
     arguments = parser.parse_args()
     if arguments.table:
-        print("\n".join(table(_read(arguments.out))))
+        print("\n".join(table(read(arguments.out))))
     else:
         run(arguments)
 

@@ -8,7 +8,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.portfolio import on_cpu
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import LayerStats, calibrate, load_stats
 from tnc.experts import unfuse_experts
@@ -61,7 +62,7 @@ def measured(arguments: argparse.Namespace, jobs: Sequence[str], measure: Callab
             except multiprocessing.TimeoutError:
                 break
             found["rows"][name] = row
-            _write(arguments.out, found)
+            write(arguments.out, found)
     return dict(found["rows"])
 
 
@@ -100,13 +101,6 @@ def load(arguments: argparse.Namespace) -> None:
 def read(path: Path) -> dict[str, Any]:
     """What the file holds."""
     return dict(json.loads(path.read_text())) if path.exists() else {"rows": {}}
-
-
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found) + "\n")
-    partial.replace(path)
 
 
 def kind(name: str) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.results import write
+
 WIDTHS = (256, 512, 1024, 2048)
 
 
@@ -72,8 +74,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.models[0], arguments.sequences, arguments.context, not arguments.no_fisher)))
         return
     rows = [_elsewhere(name, arguments) for name in arguments.models]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
+    write(arguments.out, rows)
 
 
 def _elsewhere(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import argparse
 import copy
 import importlib
 import importlib.util
-import json
 import logging
 import statistics
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import IntFormat, LayerStats, Metric, compensate, gptq, rtn
 from tnc.models.hf import load_model, load_tokenizer
@@ -195,8 +195,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
     result = run(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from benchmarks.windows import spread
 from tnc import IntFormat, LayerStats, LowRankStage, Moments, QuantizeStage, Recipe, calibrate
@@ -200,8 +200,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/portfolio.json"))
     arguments = parser.parse_args()
     result = run(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

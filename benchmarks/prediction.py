@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.planned_model import Start, parser
+from benchmarks.results import write
 from benchmarks.run import machine
 from benchmarks.workshop import Made
 from tnc import BitsPerWeight, Nats, Plan, Portfolio
@@ -147,8 +148,7 @@ def main() -> None:
     arguments = own.parse_args()
     result = run(arguments)
     print(json.dumps(result["summary"], indent=1))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

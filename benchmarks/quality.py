@@ -10,7 +10,6 @@ the prediction is worth.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.quality_table import prediction
+from benchmarks.results import write
 from benchmarks.run import machine
 from benchmarks.windows import spread
 from tnc import BitsPerWeight, LayerStats, ModelReport, Recipe, calibrate, compress, load_stats, recipe
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             fields.pop("layers")
             rows.append({"name": each.name, **fields, **scores[name].to_json(), "options": str(each.options)})
             _print(rows[-1])
-        _write(arguments.out, {**result, "rows": rows})  # a run that is cut short keeps what it has
+        write(arguments.out, {**result, "rows": rows})  # a run that is cut short keeps what it has
     return {**result, "rows": rows, "prediction": prediction(rows)}
 
 
@@ -77,11 +77,6 @@ def _statistics(arguments: argparse.Namespace, model: nn.Module, tokenizer: Toke
     stats = calibrate(model, [batch.to(arguments.device) for batch in batches], seed=arguments.seed)
     print(f"calibration: {time.perf_counter() - start:.1f} s", flush=True)
     return stats
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _print(row: dict[str, Any]) -> None:
@@ -112,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/quality.json"))
     arguments = parser.parse_args()
     result = run(arguments)
-    _write(arguments.out, result)
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
 import re
 import statistics
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.portfolio import on_cpu
+from benchmarks.results import read, write
 from benchmarks.run import machine
 from benchmarks.windows import spread
 from tnc import RECIPES, BitsPerWeight, LayerStats, Recipe, calibrate, compress, recipe
@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace) -> None:
     weights: dict[str, Tensor] = {n: weight_of(m).detach().clone() for n, m in select_layers(model).items()}
     dense = model.to(device)
     windows = spread(token_windows(tokenizer, read_text(arguments.text), 512), arguments.windows)
-    found = _read(arguments.out)
+    found = read(arguments.out)
     found |= {"machine": machine(), "dense": evaluate(dense, windows).to_json()}
     chosen = list(rows(arguments.widths, arguments.only))
     for seed in arguments.seeds:
@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
         _WORK.update(weights=weights, rows=chosen, stats=_statistics(arguments, dense, tokenizer, seed, device))
         for number, made in decomposed(todo, arguments.jobs):
             found["rows"].append(scored(chosen[number], seed, made, dense, windows))
-            _write(arguments.out, found)
+            write(arguments.out, found)
             print(_line(found["rows"][-1]), flush=True)
             if time.monotonic() > end:
                 break
@@ -191,7 +191,7 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
             if time.monotonic() < end:
                 found["rows"].append(_rounded_by_blocks(arguments, learnt, seed, dense, windows))
-                _write(arguments.out, found)
+                write(arguments.out, found)
                 print(_line(found["rows"][-1]), flush=True)
 
 
@@ -226,15 +226,6 @@ def _rounded_by_blocks(
         heldout, nats = float(report.heldout_relative_error or 0), float(report.predicted_nats or 0)
         made[name] = report.storage_bits, nats, heldout, matrix
     return scored(row, seed, made, dense, windows)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {"rows": []}
-
-
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -283,7 +274,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, nargs="*", help="print the table of these files, or of --out")
     arguments = parser.parse_args()
     if arguments.table is not None:
-        files = [_read(path) for path in arguments.table or [arguments.out]]
+        files = [read(path) for path in arguments.table or [arguments.out]]
         print("\n".join(table({"rows": [row for found in files for row in found["rows"]]})))
     else:
         run(arguments)

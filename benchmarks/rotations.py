@@ -9,7 +9,6 @@ tensors as stored, on held-out tokens. Certificates are left out, which take mos
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import InputRotation, IntFormat, LayerStats, OutputRotation, QuantizeStage, load_stats
 from tnc.decompose.report import predicted_nats
@@ -97,8 +97,7 @@ def main() -> None:
     model, stats = load_model(arguments.model), load_stats(arguments.stats)
     rows = variants(arguments, model, stats)
     dense = {f"{row['method']} {row['side']}": row.pop("dense") for row in rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1, default=str) + "\n")
+    write(arguments.out, {"machine": machine(), "rows": rows}, default=str)
     if not arguments.windows:
         return
     windows = list(token_windows(load_tokenizer(arguments.model), read_text(arguments.text), arguments.context))
@@ -107,7 +106,7 @@ def main() -> None:
     for row, score in zip(rows, scores.values(), strict=True):
         row.update(score.to_json())
         print({k: v for k, v in row.items() if k != "layers"}, flush=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1, default=str) + "\n")
+    write(arguments.out, {"machine": machine(), "rows": rows}, default=str)
 
 
 if __name__ == "__main__":

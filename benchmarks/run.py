@@ -21,6 +21,7 @@ import torch
 
 import benchmarks.cases  # noqa: F401  registers the cases
 from benchmarks.registry import CASES, Case, Problem, Way
+from benchmarks.results import write
 
 
 def machine() -> dict[str, Any]:
@@ -99,8 +100,7 @@ def main() -> None:
     for name in arguments.cases or CASES:
         rows += (new := run_case(CASES[name]))
         _print(CASES[name], new)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": found, "rows": rows}, indent=2) + "\n")
+    write(arguments.out, {"machine": found, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ For each way and layer: stored bits a weight, H-error and predicted nats on held
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import IntFormat, LayerStats, QuantizeStage, load_stats
 from tnc.decompose import decompose
@@ -70,8 +70,7 @@ def main() -> None:
                     f"{row['nats']:.3e} nats  {row['seconds']:.1f} s",
                     flush=True,
                 )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write(arguments.out, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

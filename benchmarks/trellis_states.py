@@ -9,13 +9,13 @@ seconds of rounding.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.results import write
 from benchmarks.run import machine
 from benchmarks.windows import spread
 from tnc import ModelReport, compress, load_stats, recipe
@@ -54,8 +54,7 @@ def main() -> None:
             "KL {kl:.4f} ± {kl_error:.4f}, perplexity {perplexity:.3f}, {seconds:.0f} s".format(**rows[-1]),
             flush=True,
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write(arguments.out, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

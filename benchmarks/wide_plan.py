@@ -11,7 +11,6 @@ spectra of both are in ``G ⊗ H``, and the plans of both with what choosing bit
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.planned_model import DTYPE, Start, parser
+from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, LayerStats, Portfolio
 from tnc.planning import AllowedRanks, CurveTable, Rules, input_groups, measure_layers, plan_curves
@@ -143,8 +143,7 @@ def main() -> None:
     own.add_argument("--seed", type=int, default=0)
     arguments = own.parse_args()
     result = run(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, result)
 
 
 if __name__ == "__main__":
