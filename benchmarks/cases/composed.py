@@ -6,22 +6,20 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
+from benchmarks.cases.layers import beside_dense, integers
 from benchmarks.registry import Problem, case
-from tnc import FactoredLinear, IntFormat, LowRank, Sum
-from tnc.terms import Diagonal, Expression, Hadamard, Permutation, Product, Quantized, dense64
+from tnc import FactoredLinear, LowRank, Sum
+from tnc.terms import Diagonal, Expression, Hadamard, Permutation, Product, Quantized
 
 SIZE, RANK = 4096, 64
 
 
 def _middle(generator: torch.Generator) -> tuple[Quantized, LowRank]:
-    codes = torch.randint(0, 16, (SIZE, SIZE), generator=generator)
-    zero = torch.randint(0, 16, (SIZE, SIZE // 128), generator=generator)
-    scale = ((torch.rand(SIZE, SIZE // 128, generator=generator) + 0.1) / 16 / SIZE**0.5).half()
+    base = integers(SIZE, SIZE, 4, generator)
     left = torch.randn(SIZE, RANK, generator=generator) / SIZE**0.5
     right = torch.randn(RANK, SIZE, generator=generator) / SIZE**0.5
-    return Quantized.from_codes(codes, scale, zero, IntFormat(4, group_size=128)), LowRank(left, right)
+    return base, LowRank(left, right)
 
 
 def _rotated(base: Quantized, factors: LowRank) -> Expression:
@@ -44,24 +42,9 @@ def _act_order(base: Quantized, factors: LowRank) -> Expression:
 def _build(form: Callable[[Quantized, LowRank], Expression], tokens: int) -> Problem:
     generator = torch.Generator().manual_seed(0)
     operator = form(*_middle(generator))
-    exact = dense64(operator)
     x = torch.randn(tokens, SIZE, generator=generator)
-    expected = x.double() @ exact.T
-    dense = torch.nn.Linear(SIZE, SIZE, bias=False)
-    dense.weight.data.copy_(exact)
     modules = {name: FactoredLinear(operator, backend=name) for name in ("composed", "einsum")}
-    return Problem(
-        ways={"dense nn.Linear": partial(_run, dense, x)} | {name: partial(_run, m, x) for name, m in modules.items()},
-        errors=lambda y: {"relative error": float((y - expected).norm() / expected.norm())},
-        limit={"relative error": 1e-5},
-        repeats=9,
-    )
-
-
-def _run(module: torch.nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        y: Tensor = module(x)
-    return y
+    return beside_dense(operator, x, modules, repeats=9)
 
 
 _FORMS = {"rotated": _rotated, "two-sided": _two_sided, "scaled": _scaled, "act-order": _act_order}

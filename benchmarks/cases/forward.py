@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-from torch import Tensor
 
+from benchmarks.cases.layers import beside_dense
 from benchmarks.registry import Problem, case
 from tnc import FactoredLinear, IntFormat, LowRank, Sum, rtn
 
@@ -17,25 +15,10 @@ def _build(tokens: int, size: int = 2048, rank: int = 64) -> Problem:
     x = torch.randn(tokens, size, generator=generator)
     factors = LowRank(torch.randn(size, rank, generator=generator), torch.randn(rank, size, generator=generator) / size)
     operator = Sum((rtn(weight, IntFormat(4, group_size=64)), factors))
-    expected = x.double() @ operator.to_dense().double().T
-    dense = torch.nn.Linear(size, size, bias=False)
-    dense.weight.data.copy_(operator.to_dense())
-    modules = {name: FactoredLinear(operator, backend=name) for name in ("reference", "einsum")}
-    with torch.no_grad():
-        ways = {"dense nn.Linear": partial(_run, dense, x)}
-        ways |= {f"int4 + rank {rank}, {name}": partial(_run, module, x) for name, module in modules.items()}
-    return Problem(
-        ways=ways,
-        errors=lambda y: {"relative error": float((y - expected).norm() / expected.norm())},
-        limit={"relative error": 1e-5},
-        repeats=9,
-    )
-
-
-def _run(module: torch.nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        y: Tensor = module(x)
-    return y
+    modules = {
+        f"int4 + rank {rank}, {name}": FactoredLinear(operator, backend=name) for name in ("reference", "einsum")
+    }
+    return beside_dense(operator, x, modules, repeats=9)
 
 
 @case("forward-1", "2048×2048 int4 + rank 64, 1 token, float32")

@@ -10,6 +10,7 @@ from tensorly.decomposition import tensor_train_matrix
 from tensorly.tt_matrix import TTMatrix
 from torch import Tensor
 
+from benchmarks.cases.layers import ERROR, LIMIT, dense_layer, off, run
 from benchmarks.registry import Problem, case
 from tnc import FactoredLinear, Mpo, tt_svd
 from tnc.kernels.kept import KEPT
@@ -92,8 +93,7 @@ def _forward(tokens: int, cores: int, rank: int, columns: int = 4096, rows: int 
     operator = random_mpo(rows, columns, cores, rank)
     x = torch.randn(tokens, columns, generator=generator)
     expected = x.double() @ dense64(operator).T
-    dense = torch.nn.Linear(columns, rows, bias=False)
-    dense.weight.data.copy_(operator.to_dense())
+    dense = dense_layer(operator)
     KEPT.release()  # that of the case before
     planned = FactoredLinear(operator)
 
@@ -101,11 +101,11 @@ def _forward(tokens: int, cores: int, rank: int, columns: int = 4096, rows: int 
         result: Tensor = torch.einsum(LETTERS[cores], x.reshape(tokens, *operator.in_modes), *operator.cores)
         return result.reshape(tokens, rows)
 
-    ways = {"dense nn.Linear": partial(_run, dense, x), "torch.einsum": einsum, "tnc mpo": partial(_run, planned, x)}
+    ways = {"dense nn.Linear": partial(run, dense, x), "torch.einsum": einsum, "tnc mpo": partial(run, planned, x)}
     return Problem(
         ways=ways,
-        errors=lambda y: {"relative error": float((y - expected).norm() / expected.norm())},
-        limit={"relative error": 1e-5},
+        errors=lambda y: {ERROR: off(y, expected)},
+        limit=LIMIT,
         repeats=9 if tokens <= 16 else 5,
     )
 
@@ -117,12 +117,6 @@ def random_mpo(rows: int, columns: int, cores: int, rank: int) -> Mpo:
     ranks = [1, *[rank] * (cores - 1), 1]
     shapes = [(ranks[k], outs[k], ins[k], ranks[k + 1]) for k in range(cores)]
     return Mpo(tuple(torch.randn(s, generator=generator) / (s[0] * s[2]) ** 0.5 for s in shapes))
-
-
-def _run(module: torch.nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        y: Tensor = module(x)
-    return y
 
 
 for _d, _rank in ((2, 16), (2, 64), (3, 16), (3, 64)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases.layers import ERROR, LIMIT, integers, off
 from benchmarks.registry import Problem, case
-from tnc import FactoredLinear, Hadamard, IntFormat, LowRank, Product, Sum
+from tnc import FactoredLinear, Hadamard, LowRank, Product, Sum
 from tnc.siblings import join_siblings
-from tnc.terms import Expression, Quantized, dense64
+from tnc.terms import Expression, dense64
 from tnc.ties import share_tensors
 
 COLUMNS, RANK, ROWS = 4096, 64, {"q": 4096, "k": 1024, "v": 1024}
@@ -35,10 +36,7 @@ def _operators(rotated: bool, generator: torch.Generator) -> dict[str, Expressio
     right = torch.randn(RANK, COLUMNS, generator=generator) / COLUMNS**0.5
     found: dict[str, Expression] = {}
     for name, rows in ROWS.items():
-        codes = torch.randint(0, 16, (rows, COLUMNS), generator=generator)
-        zero = torch.randint(0, 16, (rows, COLUMNS // 128), generator=generator)
-        scale = ((torch.rand(rows, COLUMNS // 128, generator=generator) + 0.1) / 16 / COLUMNS**0.5).half()
-        base = Quantized.from_codes(codes, scale, zero, IntFormat(4, group_size=128))
+        base = integers(rows, COLUMNS, 4, generator)
         both = Sum((base, LowRank(torch.randn(rows, RANK, generator=generator) / COLUMNS**0.5, right)))
         found[name] = Product((both, Hadamard.random(COLUMNS))) if rotated else both
     return found
@@ -54,8 +52,8 @@ def _build(rotated: bool, tokens: int) -> Problem:
     return Problem(
         ways={"dense, one product": lambda: nn.functional.linear(x, dense), "apart": lambda: apart(x),
               "siblings": lambda: joined(x)},
-        errors=lambda y: {"relative error": float((y - expected).norm() / expected.norm())},
-        limit={"relative error": 1e-5},
+        errors=lambda y: {ERROR: off(y, expected)},
+        limit=LIMIT,
         repeats=25,
     )  # fmt: skip
 

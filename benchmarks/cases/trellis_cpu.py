@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases.qlr_cpu import run
+from benchmarks.cases.layers import beside_dense
 from benchmarks.registry import Problem, case
 from tnc import FactoredLinear
 from tnc.formats import TrellisFormat
-from tnc.terms import Quantized, dense64
+from tnc.terms import Quantized
 
 
 def _build(bits: int, tokens: int, size: int = 4096) -> Problem:
@@ -19,18 +19,9 @@ def _build(bits: int, tokens: int, size: int = 4096) -> Problem:
     scale = ((torch.rand(size, 1, generator=generator) + 0.1) / size**0.5).half()
     operator = Quantized.from_codes(codes, scale, None, TrellisFormat(bits, path="diagonal"))
     x = torch.randn(tokens, size, generator=generator)
-    exact, dense = dense64(operator), torch.nn.Linear(size, size, bias=False)
-    dense.weight.data.copy_(exact)
-    expected = x.double() @ exact.T
     rows = ("trellis_cpu", "einsum") if tokens == 1 else ("trellis_cpu",)  # einsum takes as long for any tokens
     modules = {name: FactoredLinear(operator, backend=name) for name in rows}
-    return Problem(
-        ways={"dense nn.Linear": partial(run, dense, x)} | {k: partial(run, m, x) for k, m in modules.items()},
-        errors=lambda y: {"relative error": float((y - expected).norm() / expected.norm())},
-        limit={"relative error": 1e-5},
-        repeats=31 if tokens <= 4 else 9,
-        once=frozenset({"einsum"}),
-    )
+    return beside_dense(operator, x, modules, repeats=31 if tokens <= 4 else 9, once=frozenset({"einsum"}))
 
 
 for _bits in (2, 3, 4):
