@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu_clock import replayed
+from benchmarks.gpu_clock import cold_microseconds, gpu, nan_filled
 from benchmarks.gpu_decoder import decoders
 from benchmarks.results import write
 from tnc.formats import TrellisFormat
@@ -48,8 +49,8 @@ class Row:
     kernel: str
     shape: str
     tokens: int
-    sets: list[tuple[Tensor, ...] | Packed] | list[Coded]
-    launch: Callable[..., Tensor]
+    sets: Sequence[Any]
+    launch: Callable[..., Tensor | list[Tensor]]
     exact: Tensor
 
 
@@ -74,19 +75,23 @@ def count(size: float, tokens: int) -> int:
     return max(3, min(64 if tokens <= 16 else 16, int(TOTAL / size)))
 
 
-def microseconds(row: Row) -> float:
-    """Median time of one launch."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    time, _ = replayed(lambda: [row.launch(each) for each in row.sets], repeats=15, before=flush.zero_)
-    return time * 1e3 / len(row.sets)
-
-
 def error(row: Row) -> float:
-    """Relative error of set 0, with NaN in memory that nothing wrote."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    y = row.launch(row.sets[0]).double()
-    torch.use_deterministic_algorithms(False)
-    return float((y - row.exact).norm() / row.exact.norm())
+    """Relative error of set 0, with NaN in memory that nothing wrote; several outputs lie one after another."""
+    with nan_filled():
+        y = row.launch(row.sets[0])
+    flat = torch.cat([part.flatten() for part in (y if isinstance(y, list) else [y])]).double()
+    exact = row.exact.flatten()
+    return float((flat - exact).norm() / exact.norm())
+
+
+def reported(rows: Iterable[Row], width: int = 34) -> Iterator[dict[str, Any]]:
+    """Each row checked, timed if it is right, and printed, its name ``width`` wide."""
+    for row in rows:
+        wrong = error(row)
+        time = cold_microseconds([partial(row.launch, each) for each in row.sets]) if wrong < 1e-2 else None
+        shown = "no time: wrong" if time is None else f"{time:9.2f} us"
+        print(f"{row.kernel:<{width}}{row.shape:<14}{row.tokens:>5} {shown}  error {wrong:.1e}", flush=True)
+        yield {"kernel": row.kernel, "shape": row.shape, "tokens": row.tokens, "error": wrong, "us": time}
 
 
 def dense_rows() -> list[Row]:
@@ -248,20 +253,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
     parser.add_argument("--only", nargs="*", choices=[*GROUPS, "decoder"], default=[*GROUPS, "decoder"])
     arguments = parser.parse_args()
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    machine = gpu()
     print(json.dumps(machine))
-    found = []
+    found: list[dict[str, Any]] = []
     torch.manual_seed(0)
     for name, make in GROUPS.items():
         if name in arguments.only:
-            for row in make():
-                wrong = error(row)
-                time = microseconds(row) if wrong < 1e-2 else None
-                found.append(
-                    {"kernel": row.kernel, "shape": row.shape, "tokens": row.tokens, "error": wrong, "us": time}
-                )
-                shown = "no time: wrong" if time is None else f"{time:9.2f} us"
-                print(f"{row.kernel:<34}{row.shape:<14}{row.tokens:>5} {shown}  error {wrong:.1e}", flush=True)
+            found += reported(make())
             torch.cuda.empty_cache()
     if "decoder" in arguments.only:
         for each in decoders():

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu import BRAIN, Row, count, microseconds, normal, packed
+from benchmarks.gpu import BRAIN, Row, count, normal, packed, reported
+from benchmarks.gpu_clock import gpu
 from benchmarks.results import write
 from tnc.formats import IntFormat
 from tnc.kernels import Repacking, choose
@@ -112,16 +112,6 @@ def sibling_rows() -> Iterator[Row]:
             yield Row(f"{name}: dense, one product", "", tokens, weights, lambda s, x=x: linear(x, s[0]), exact)
 
 
-def wrong(row: Row) -> float:
-    """Relative error of set 0, with NaN in memory that nothing wrote; outputs of siblings lie one after another."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    y = row.launch(row.sets[0])
-    torch.use_deterministic_algorithms(False)
-    flat = torch.cat([part.flatten() for part in y] if isinstance(y, list) else [y.flatten()]).double()
-    exact = row.exact.flatten()
-    return float((flat - exact).norm() / exact.norm())
-
-
 GROUPS = {"composed": composed_rows, "siblings": sibling_rows}
 
 
@@ -131,19 +121,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/gpu_layers.json"))
     parser.add_argument("--only", choices=list(GROUPS))
     arguments = parser.parse_args()
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    machine = gpu()
     print(json.dumps(machine))
-    found = []
+    found: list[dict[str, Any]] = []
     torch.manual_seed(0)
     for name, make in GROUPS.items():
         if arguments.only not in (None, name):
             continue
-        for row in make():
-            error = wrong(row)
-            time = microseconds(row) if error < 1e-2 else None
-            found.append({"kernel": row.kernel, "shape": row.shape, "tokens": row.tokens, "error": error, "us": time})
-            shown = "no time: wrong" if time is None else f"{time:9.2f} us"
-            print(f"{row.kernel:<60}{row.shape:<14}{row.tokens:>5} {shown}  error {error:.1e}", flush=True)
+        found += reported(make(), 60)
         torch.cuda.empty_cache()
     write(arguments.out, {"machine": machine, "rows": found})
 

@@ -13,16 +13,16 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu_clock import replayed
+from benchmarks.gpu_clock import cold_microseconds, gpu, nan_filled, replayed
 from benchmarks.results import write
 from tnc.kernels import experts as row
 from tnc.kernels.experts_launch import Stacked
@@ -136,18 +136,13 @@ def measured(shape: tuple[int, int, int, int], tokens: int) -> list[dict[str, An
     for _ in range(pool):
         plain = torch.empty(experts, rows, columns, device="cuda", dtype=BRAIN).normal_(std=0.02)
         weights.append((stacked(experts, rows, columns), plain))
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     found = []
     for name, (way, quantized) in ways().items():
         size = active * rows * columns * (0.53 if quantized else 2)
         sets = [routed(weights[i % pool], tokens, top) for i in range(max(3, min(48, int(TOTAL / size))))]
-        torch.use_deterministic_algorithms(True, warn_only=True)  # memory begins as NaN
-        wrong = error(sets[0], way(sets[0]), quantized)
-        torch.use_deterministic_algorithms(False)
-        time = None
-        if wrong < 1e-2:
-            time, _ = replayed(lambda way=way, sets=sets: [way(s) for s in sets], repeats=15, before=flush.zero_)
-            time *= 1e3 / len(sets)
+        with nan_filled():
+            wrong = error(sets[0], way(sets[0]), quantized)
+        time = cold_microseconds([partial(way, s) for s in sets]) if wrong < 1e-2 else None
         found.append({"way": name, "error": wrong, "us": time})
         if name == "one launch" and not row.run_apart(tokens * top, experts):
             flat = [s.index.flatten() for s in sets]
@@ -166,7 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/gpu_moe.json"))
     parser.add_argument("--only", choices=["x".join(map(str, shape)) for shape in SHAPES])
     arguments = parser.parse_args()
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    machine = gpu()
     print(json.dumps(machine))
     torch.manual_seed(0)
     rows = []

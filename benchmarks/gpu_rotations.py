@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from benchmarks.gpu_clock import replayed
+from benchmarks.gpu_clock import gpu, replayed
 from benchmarks.results import write
 from tnc.kernels.hadamard import hadamard
 from tnc.kernels.mpo3 import mpo3
@@ -86,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/gpu_rotations.json"))
     arguments = parser.parse_args()
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    machine = gpu()
     print(json.dumps(machine))
     torch.manual_seed(0)
     with torch.no_grad():
