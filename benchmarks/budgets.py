@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.planned_model import Start, parser, totals
-from benchmarks.results import read, write
+from benchmarks.results import mean_and_spread, read, write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, IntFormat, Plan, Portfolio
 from tnc.decompose import InputRotation, OutputRotation, QuantizeStage
@@ -183,9 +183,7 @@ def _mean(rows: list[Mapping[str, Any]], key: str) -> float:
 
 
 def _figure(rows: list[Mapping[str, Any]], key: str, digits: int) -> str:
-    sign = "+" if key == "delta_nats" else ""
-    more = f" ± {statistics.stdev(row[key] for row in rows):.{digits}f}" if len(rows) > 1 else ""
-    return f"{_mean(rows, key):{sign}.{digits}f}{more}"
+    return mean_and_spread([row[key] for row in rows], digits, "+" if key == "delta_nats" else "")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.portfolio import on_cpu
-from benchmarks.results import read, write
+from benchmarks.results import mean_and_spread, read, write
 from benchmarks.run import machine
 from benchmarks.windows import spread
 from tnc import RECIPES, BitsPerWeight, LayerStats, Recipe, calibrate, compress, recipe
@@ -242,13 +242,9 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for row in found["rows"]:
         groups.setdefault((row["bits"], row["recipe"]), []).append(row)
-
-    def figure(rows: list[Mapping[str, Any]], key: str) -> str:
-        values = [row[key] for row in rows]
-        return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-
     for (bits, name), each in sorted(groups.items(), key=lambda g: (g[0][0], statistics.mean(r["kl"] for r in g[1]))):
-        figures = " | ".join(figure(each, key) for key in ("heldout", "predicted_nats", "kl", "delta_nats"))
+        keys = ("heldout", "predicted_nats", "kl", "delta_nats")
+        figures = " | ".join(mean_and_spread([row[key] for row in each]) for key in keys)
         stored = statistics.mean(row["bits_per_weight"] for row in each)
         yield f"| `{name}` {bits} bits | {len(each)} | {stored:.3f} | {figures} |"
 
