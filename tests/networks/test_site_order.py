@@ -12,6 +12,7 @@ from tnc.decompose import (
     InputPermutation,
     MpoStage,
     OutputPermutation,
+    RelativeError,
     SiteOrdering,
     decompose,
     truncated_svd,
@@ -149,3 +150,9 @@ def test_an_ordering_is_a_transform_that_is_stored_only_if_it_helps():
     exact = torch.kron(torch.randn(4, 6, generator=generator(1)), torch.randn(4, 6, generator=generator(2)))
     kept = decompose(exact, (stage,), transforms=(SiteOrdering(1),))
     assert kept.report.choices == ("site order: no better one found",) and kept.operator.kind == "mpo"
+
+
+def test_an_ordering_aims_at_one_bond():
+    for size in (RelativeError(0.1), (2, 3)):
+        with pytest.raises(RankError, match="integer bond dimension of at least 0, or BitsPerWeight"):
+            SiteOrdering(size).apply(torch.ones(4, 4), None)
