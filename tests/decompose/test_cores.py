@@ -12,7 +12,7 @@ from tnc.formats import IntFormat
 from tnc.kernels.einsum import plan
 from tnc.metric import Metric
 from tnc.modules import FactoredLinear
-from tnc.networks import tt_svd
+from tnc.networks import site_modes, tt_svd
 from tnc.networks.als import layer_of, local_problem
 from tnc.networks.canonical import mixed_canonical
 from tnc.networks.core_moments import core_moments
@@ -27,6 +27,11 @@ INT8, INT4 = IntFormat(8, 16, pad=True), IntFormat(4, 16, pad=True)
 
 def error(operator, problem=PROBLEM):
     return problem.metric.relative(problem.weight.double() - dense64(operator), problem.weight.double())
+
+
+def truncated(weight, rank, cores):
+    """TT-SVD over balanced modes."""
+    return tt_svd(weight, *site_modes(tuple(weight.shape), cores), max_rank=rank)
 
 
 def as_chain(mpo, cuts):
@@ -63,8 +68,7 @@ def test_a_product_is_a_chain_with_modes_of_one():
 @FEW
 def test_moments_are_traces_of_the_normal_matrix(problem, cores, data, rank):
     """Against the quadratic form itself, one pair of unit cores at a time."""
-    stage = MpoStage(rank, cores=cores)
-    mpo = tt_svd(problem.weight, *stage.modes(tuple(problem.weight.shape)), max_rank=rank)
+    mpo = truncated(problem.weight, rank, cores)
     layer = layer_of(problem.weight, mpo, None, problem.metric)
     k, cut = data.draw(st.integers(0, cores - 1)), data.draw(st.integers(0, 3))
     local = local_problem(layer, list(mixed_canonical(mpo, k).cores), k, 1)
@@ -136,8 +140,7 @@ def test_solving_for_each_core_again_helps_and_the_best_is_kept(cores, method, b
 )  # fmt: skip
 @FEW
 def test_more_rounds_are_never_worse(problem, rank, cores, seed):
-    stage = MpoStage(rank, cores=cores)
-    mpo = tt_svd(problem.weight, *stage.modes(tuple(problem.weight.shape)), max_rank=rank)
+    mpo = truncated(problem.weight, rank, cores)
     errors = []
     for rounds in (1, 2):
         found = quantize_cores(problem.weight, mpo, problem.metric, INT4, rounds=rounds, seed=seed).chain

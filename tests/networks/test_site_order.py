@@ -12,6 +12,7 @@ from tnc.decompose import (
     InputPermutation,
     MpoStage,
     OutputPermutation,
+    RelativeError,
     SiteOrdering,
     decompose,
     truncated_svd,
@@ -19,7 +20,7 @@ from tnc.decompose import (
 from tnc.errors import RankError, ShapeError
 from tnc.metric import Metric
 from tnc.networks import Rows, shared_order, tt_svd
-from tnc.networks.site_order import _match, site_order
+from tnc.networks.site_order import assigned, best_order, site_order
 from tnc.terms import Dense, dense64
 
 
@@ -83,10 +84,24 @@ def test_the_assignment_is_the_closest_one():
     """Columns that were moved are found again, and with noise no order in total is closer (all 120 of them)."""
     given = torch.randn(9, 5, generator=generator(3), dtype=torch.float64)
     order = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.equal(_match(given, given[:, order]), order)
+    assert torch.equal(assigned(given[:, order].T @ given), order)
     places = torch.randn(9, 5, generator=generator(4), dtype=torch.float64)
     best = min(float((given[:, list(each)] - places).norm()) for each in permutations(range(5)))
-    assert float((given[:, _match(given, places)] - places).norm()) == pytest.approx(best, rel=1e-12)
+    assert float((given[:, assigned(places.T @ given)] - places).norm()) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_the_search_keeps_the_best_order_it_fitted_and_fits_none_twice(rounds):
+    fitted = []
+
+    def fit(order):
+        fitted.append(order)
+        return {1: 5.0, 2: 4.0, 3: 4.5, 11: 6.0, 12: 3.0, 13: 9.0}[order], "fit"
+
+    found = best_order(1, 11, fit, lambda order, _: order + 1, rounds)
+    assert fitted == {0: [1], 1: [1, 11], 3: [1, 2, 3, 11, 12, 13]}[rounds]
+    best = {0: (1, 5.0, "given"), 1: (1, 5.0, "given"), 3: (12, 3.0, "spectral")}[rounds]
+    assert (found.order, found.after, found.start) == best and found.before == 5.0
 
 
 def test_a_shared_order_of_one_weight_is_the_order_of_its_rows():
@@ -135,3 +150,9 @@ def test_an_ordering_is_a_transform_that_is_stored_only_if_it_helps():
     exact = torch.kron(torch.randn(4, 6, generator=generator(1)), torch.randn(4, 6, generator=generator(2)))
     kept = decompose(exact, (stage,), transforms=(SiteOrdering(1),))
     assert kept.report.choices == ("site order: no better one found",) and kept.operator.kind == "mpo"
+
+
+def test_an_ordering_aims_at_one_bond():
+    for size in (RelativeError(0.1), (2, 3)):
+        with pytest.raises(RankError, match="integer bond dimension of at least 0, or BitsPerWeight"):
+            SiteOrdering(size).apply(torch.ones(4, 4), None)

@@ -18,9 +18,9 @@ from torch import Tensor
 from tnc.errors import FormatError
 from tnc.formats import NumberFormat
 from tnc.metric import Metric
-from tnc.networks.als import local_problem, shift
+from tnc.networks.als import best_core, layer_of, local_problem, shift
 from tnc.networks.core_moments import core_moments
-from tnc.networks.local import Layer, Local
+from tnc.networks.local import Layer
 from tnc.networks.modes import Modes
 from tnc.quant import quantizer, refine
 from tnc.stats import LayerStats, Moments
@@ -111,10 +111,11 @@ def quantize_cores(
     Raises:
         FormatError: for a wrong number of formats, or a group size that does not divide the row of its core.
         RecipeError: for an unknown method.
+        ShapeError, NonFiniteError: for an operator of another shape, or a weight that holds NaN or Inf.
 
     Cost: that of `core_moments` and of one step of `tnc.networks.als` for every core and round.
     """
-    layer = Layer(weight.double(), metric.to(torch.float64), mpo.out_modes, mpo.in_modes)
+    layer = layer_of(weight, mpo, None, metric)
     work = _Cores(layer, mpo, formats_of(formats, len(mpo.cores)), method, _REFINED if rounds else 0)
     work.spread(0, seed)
     for k in range(len(work.cores)):
@@ -125,7 +126,7 @@ def quantize_cores(
     best, least = work.chain(), work.error()
     for _ in range(rounds - 1):
         for k in range(len(work.cores)):
-            work.cores[k] = work.solved(k)
+            work.solve(k)
             work.store(k)
             if (error := work.error()) < least:
                 best, least = work.chain(), error
@@ -157,27 +158,25 @@ class _Cores:
         format = self.formats[k]
         if format is None:
             return Dense(matrix.to(self.dtype))
-        columns, rows = core_moments(self._local(k), cut)
+        columns, rows = core_moments(local_problem(self.layer, self.cores, k, 1), cut)
         stats = LayerStats(Moments(columns, None, 1), gradient=Moments(rows, None, 1))
         found = self.run(matrix, stats, format)
         self.damping += [] if found.damping is None else [found.damping]
         self.notes += [f"core {k + 1}: {note}" for note in found.fallbacks]
         return refine(matrix, found.term, metric=Metric(columns, rows), sweeps=self.sweeps)
 
-    def solved(self, k: int) -> Tensor:
-        """The best core k between the others."""
-        local = self._local(k)
-        found: Tensor = local.solve(self.cores[k].reshape(local.sizes)).reshape(self.cores[k].shape)
-        return found
+    def solve(self, k: int) -> None:
+        """Put the best core k between the others."""
+        self.cores[k] = best_core(self.layer, self.cores, k)
 
     def refit(self, first: int) -> None:
         """One sweep there and back over the cores from ``first`` on."""
         last = len(self.cores) - 1
         for k in range(first, last):
-            self.cores[k] = self.solved(k)
+            self.solve(k)
             shift(self.cores, k, forward=True)
         for k in range(last, first - 1, -1):
-            self.cores[k] = self.solved(k)
+            self.solve(k)
             if k > first:
                 shift(self.cores, k, forward=False)
 
@@ -207,6 +206,3 @@ class _Cores:
         terms = [term for term in self.terms if term is not None]
         ranks = (1, *(core.shape[3] for core in self.cores))
         return Chain(tuple(terms), ranks, self.layer.out_modes, self.layer.in_modes, self.features)
-
-    def _local(self, k: int) -> Local:
-        return local_problem(self.layer, self.cores, k, 1)

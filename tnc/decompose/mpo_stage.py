@@ -138,11 +138,10 @@ class MpoStage:
 
         Raises:
             BudgetError: if not even 1 fits.
-            RankError: if what was asked for is no integer.
+            RankError: if what was asked for is neither bits nor an integer.
         """
         outs, ins = self.modes(shape)
         if not isinstance(self.rank, BitsPerWeight):
-            assert not isinstance(self.rank, RelativeError | tuple)
             return _as_int(self.rank.value if isinstance(self.rank, Rank) else self.rank)
         low, high, size = 0, max(rank_bounds(outs, ins), default=1), shape[0] * shape[1]
         while low < high:
@@ -190,12 +189,14 @@ class MpoStage:
         return adapt_ranks(target.residual, full, eps=eps, metric=metric, sweeps=max(self.sweeps, 1))
 
 
-def _as_int(rank: int) -> int:
+def _as_int(rank: Size | Bonds) -> int:
     """A Python int, whatever sort of integer was given."""
     try:
-        return index(rank)
+        return index(rank)  # type: ignore[arg-type]
     except TypeError:
-        raise RankError(f"MpoStage(rank={rank!r}): expected an integer bond dimension of at least 0.") from None
+        raise RankError(
+            f"MpoStage(rank={rank!r}): expected an integer bond dimension of at least 0, or BitsPerWeight(b)."
+        ) from None
 
 
 def _zero(shape: tuple[int, int], outs: Modes, ins: Modes, dtype: torch.dtype) -> Mpo:

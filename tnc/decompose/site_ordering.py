@@ -9,11 +9,10 @@ from torch import Tensor
 
 from tnc.decompose.mpo_stage import MpoStage
 from tnc.decompose.sizes import Size
-from tnc.decompose.transforms import Transformed, change_inputs, change_outputs, unwrapped
+from tnc.decompose.transforms import InputPermutation, OutputPermutation, Transformed, apply_transforms, unwrapped
 from tnc.metric import Metric
 from tnc.networks.site_order import site_order
 from tnc.stats import LayerStats
-from tnc.terms import Permutation
 
 _STORED = torch.float16  # of a number of the operator that the search aims at
 
@@ -36,7 +35,7 @@ class SiteOrdering:
         """The permuted problem.
 
         Raises:
-            BudgetError, ShapeError: as `MpoStage` with two cores of this rank.
+            BudgetError, RankError, ShapeError: as `MpoStage.bond` with two cores.
         """
         shape = (weight.shape[0], weight.shape[1])
         stage = MpoStage(self.rank)
@@ -45,7 +44,6 @@ class SiteOrdering:
         found = site_order(weight, rank, metric=metric, modes=stage.modes(shape), rounds=self.rounds)
         if found.after >= found.before:
             return Transformed(weight.double(), stats, unwrapped, choices=("site order: no better one found",))
-        outer = change_outputs(weight, stats, Permutation.of(found.rows))
-        inner = change_inputs(outer.weight, outer.stats, Permutation.of(found.columns))
+        moves = OutputPermutation(tuple(found.rows.tolist())), InputPermutation(tuple(found.columns.tolist()))
         said = f"site order from {found.start}: {found.before:.4f} to {found.after:.4f} at bond {rank}, diagonal metric"
-        return replace(inner, wrap=lambda operator: outer.wrap(inner.wrap(operator)), choices=(said,))
+        return replace(apply_transforms(weight, moves, stats), choices=(said,))

@@ -60,9 +60,7 @@ def als(
     best, least = mpo, errors[0]
     for _ in range(sweeps):
         for k, forward in _there_and_back(len(cores)):
-            local = local_problem(layer, cores, k, 1)
-            a, s, b = local.sizes
-            cores[k] = local.solve(cores[k].reshape(a, s, b)).reshape(cores[k].shape)
+            cores[k] = best_core(layer, cores, k)
             shift(cores, k, forward=forward)
         found = stored_like(mpo, cores)
         errors.append(relative_error(layer, replace(mpo, cores=tuple(cores))))
@@ -112,6 +110,13 @@ def local_problem(layer: Layer, cores: list[Tensor], first: int, count: int) -> 
         right = (cores[k].flatten(0, 2) @ right).reshape(cores[k].shape[0], -1)
         right_weight = _weighed(layer, cores[k].permute(3, 1, 2, 0), k, right_weight)
     return Local(layer, left, right, first, count, left_weight, right_weight)
+
+
+def best_core(layer: Layer, cores: list[Tensor], k: int) -> Tensor:
+    """The best core k between the others as they are, at least as good as the present one."""
+    local = local_problem(layer, cores, k, 1)
+    found: Tensor = local.solve(cores[k].reshape(local.sizes)).reshape(cores[k].shape)
+    return found
 
 
 def _weighed(layer: Layer, core: Tensor, k: int, environment: Tensor) -> Tensor:

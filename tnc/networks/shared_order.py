@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
-from scipy.optimize import linear_sum_assignment  # type: ignore[attr-defined]
 from torch import Tensor
 
 from tnc.errors import ShapeError, check_matrix
 from tnc.metric import Metric
 from tnc.networks.modes import Modes, check_pair
-from tnc.networks.site_order import scaled_by, spectral_order
+from tnc.networks.site_order import assigned, best_order, scaled_by, spectral_order
 from tnc.networks.tt_svd import tt_svd
 from tnc.terms import dense64
 
@@ -75,24 +75,17 @@ def shared_order(weights: Sequence[Rows], *, rounds: int = 3) -> SharedOrder:
         check_matrix(each.weight, "weight")
         check_pair((each.weight.shape[0], each.weight.shape[1]), *each.modes)
     scaled = [scaled_by(each.weight.double(), each.metric) for each in weights]
-    given = torch.arange(len(scaled[0]))
-    before, _ = _errors(weights, scaled, given)
-    best = SharedOrder(given, before, before, "given")
-    for name, order in (("given", given), ("spectral", spectral_order(sum(s @ s.T for s in scaled)))):  # type: ignore[arg-type]
-        for _ in range(rounds):
-            after, fitted = _errors(weights, scaled, order)
-            if after < best.after:
-                best = SharedOrder(order, before, after, name)
-            alike = sum(f @ s.T for f, s in zip(fitted, scaled, strict=True))  # places x rows
-            order = torch.from_numpy(linear_sum_assignment(alike.numpy(), maximize=True)[1])  # type: ignore[union-attr]
-    return best
+    size = sum(float(s.square().sum()) for s in scaled) or 1.0
 
+    def fit(order: Tensor) -> tuple[float, list[Tensor]]:
+        moved = [s[order] for s in scaled]
+        fitted = [dense64(tt_svd(m, *each.modes, max_rank=each.rank)) for each, m in zip(weights, moved, strict=True)]
+        squared = sum(float((m - f).square().sum()) for m, f in zip(moved, fitted, strict=True))
+        return (squared / size) ** 0.5, fitted
 
-def _errors(weights: Sequence[Rows], scaled: Sequence[Tensor], order: Tensor) -> tuple[float, list[Tensor]]:
-    """The relative error of all together in an order, and what stands for each weight there."""
-    fitted = [
-        dense64(tt_svd(s[order], *each.modes, max_rank=each.rank)) for each, s in zip(weights, scaled, strict=True)
-    ]
-    squared = sum(float((s[order] - f).square().sum()) for s, f in zip(scaled, fitted, strict=True))
-    size = sum(float(s.square().sum()) for s in scaled)
-    return (squared / (size or 1.0)) ** 0.5, fitted
+    def assign(_: Tensor, fitted: list[Tensor]) -> Tensor:
+        return assigned(reduce(torch.add, (f @ s.T for f, s in zip(fitted, scaled, strict=True))))
+
+    spectral = spectral_order(reduce(torch.add, (s @ s.T for s in scaled)))
+    found = best_order(torch.arange(len(scaled[0])), spectral, fit, assign, rounds)
+    return SharedOrder(found.order, found.before, found.after, found.start)

@@ -8,8 +8,9 @@ spectral orders by correlation, and the best of all wins, so that the result is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from scipy.optimize import linear_sum_assignment  # type: ignore[attr-defined]
@@ -20,6 +21,9 @@ from tnc.metric import Metric
 from tnc.networks.modes import check_pair, site_modes
 from tnc.networks.tt_svd import tt_svd
 from tnc.terms import dense64
+
+Order = TypeVar("Order")
+Fit = TypeVar("Fit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,24 +72,61 @@ def site_order(
     scaled = scaled_by(weight.double(), metric)
     size = float(scaled.norm()) or 1.0
 
-    def error(order: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+    def fit(order: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
         moved = scaled[order[0]][:, order[1]]
         fitted = dense64(tt_svd(moved, outs, ins, max_rank=rank))
         return float((moved - fitted).norm()) / size, fitted
+
+    def assign(order: tuple[Tensor, Tensor], fitted: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns, then rows, moved to the places of ``fitted`` that they resemble most."""
+        row, column = order
+        if columns:
+            column = assigned(fitted.T @ scaled[row])
+        if rows:
+            row = assigned(fitted @ scaled[:, column].T)
+        return row, column
 
     given = torch.arange(shape[0]), torch.arange(shape[1])
     spectral = (
         spectral_order(scaled @ scaled.T) if rows else given[0],
         spectral_order(scaled.T @ scaled) if columns else given[1],
     )
-    before, _ = error(given)
-    best = SiteOrder(*given, before, before, "given")
+    found = best_order(given, spectral, fit, assign, rounds)
+    return SiteOrder(*found.order, found.before, found.after, found.start)
+
+
+@dataclass(frozen=True, eq=False)
+class BestOrder(Generic[Order]):
+    """The best order of a search, the error of the given order, its own, and the start that led to it."""
+
+    order: Order
+    before: float
+    after: float
+    start: str
+
+
+def best_order(
+    given: Order, spectral: Order, fit: Callable[[Order], tuple[float, Fit]], assign: Callable[[Order, Fit], Order],
+    rounds: int,
+) -> BestOrder[Order]:  # fmt: skip
+    """The best of the orders that alternating fits and assignments pass through from two starts.
+
+    Args:
+        given: kept where no order is better.
+        spectral: the other start.
+        fit: the error in an order, and what was fitted there.
+        assign: the best order for what was fitted in another one.
+        rounds: fits from each start.
+    """
+    first = fit(given)
+    best = BestOrder(given, first[0], first[0], "given")
     for name, order in (("given", given), ("spectral", spectral)):
-        for _ in range(rounds):
-            after, fitted = error(order)
-            if after < best.after:
-                best = SiteOrder(*order, before, after, name)
-            order = _assigned(scaled, order, fitted, rows=rows, columns=columns)
+        for k in range(rounds):
+            error, fitted = first if order is given else fit(order)
+            if error < best.after:
+                best = replace(best, order=order, after=error, start=name)
+            if k + 1 < rounds:
+                order = assign(order, fitted)
     return best
 
 
@@ -108,19 +149,6 @@ def spectral_order(gram: Tensor) -> Tensor:
     return torch.argsort(fiedler)
 
 
-def _assigned(
-    scaled: Tensor, order: tuple[Tensor, Tensor], fitted: Tensor, *, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor]:
-    """Columns, then rows, moved to the places of ``fitted`` that they resemble most."""
-    row, column = order
-    if columns:
-        column = _match(scaled[row], fitted)
-    if rows:
-        row = _match(scaled[:, column].T, fitted.T)
-    return row, column
-
-
-def _match(given: Tensor, places: Tensor) -> Tensor:
-    """For each column of ``places`` the column of ``given`` that is put there: least squares in total."""
-    _, chosen = linear_sum_assignment((places.T @ given).numpy(), maximize=True)
-    return torch.from_numpy(chosen)
+def assigned(alike: Tensor) -> Tensor:
+    """For each place the row or column that is put there, of (places, rows or columns): the most alike in total."""
+    return torch.from_numpy(linear_sum_assignment(alike.numpy(), maximize=True)[1])

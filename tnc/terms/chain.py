@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tnc.errors import ShapeError
 from tnc.terms.base import Expression, Spec, from_spec, register
-from tnc.terms.combine import child_tensors
-from tnc.terms.mpo import Mpo
+from tnc.terms.combine import child_tensors, prefixed_tensors
+from tnc.terms.mpo import Mpo, check_features
 
 
 @register
@@ -43,20 +43,15 @@ class Chain(Expression):
     kind: ClassVar[str] = "chain"
 
     def __post_init__(self) -> None:
-        full = prod(self.out_modes), prod(self.in_modes)
-        d = len(self.terms)
-        fits = len(self.out_modes) == len(self.in_modes) == len(self.ranks) - 1 == d > 0 and all(full)
+        d, modes = len(self.terms), (*self.out_modes, *self.in_modes)
+        fits = len(self.out_modes) == len(self.in_modes) == len(self.ranks) - 1 == d > 0 and all(modes)
         if not fits or self.ranks[0] != 1 or self.ranks[-1] != 1 or not all(map(self._term_fits, range(d))):
             raise ShapeError(
                 f"Chain over modes {self.out_modes} x {self.in_modes} and bonds {self.ranks} got terms of shapes "
                 f"{[term.shape for term in self.terms]}; expected cores (r_prev, o, i, r_next) as one row or cut "
                 "between two legs, and bond dimension 1 at both ends."
             )
-        if self.features is not None and any(not 0 < f <= p for f, p in zip(self.features, full, strict=True)):
-            raise ShapeError(
-                f"Chain of features {self.features} got modes {self.out_modes} x {self.in_modes} of a {full} matrix; "
-                "expected features of at least 1 and at most the product of the modes."
-            )
+        check_features("Chain", self.features, self.out_modes, self.in_modes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +77,7 @@ class Chain(Expression):
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of every term, named ``<index>.<name>``."""
-        return {f"{k}.{name}": t for k, term in enumerate(self.terms) for name, t in term.tensors().items()}
+        return prefixed_tensors(self.terms)
 
     def spec(self) -> Spec:
         """Kind, shape, modes, bond dimensions and the terms' descriptions."""

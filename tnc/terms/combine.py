@@ -29,7 +29,7 @@ class _Combinator(Expression):
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of every child, named ``<index>.<name>``."""
-        return {f"{i}.{k}": t for i, term in enumerate(self.terms) for k, t in term.tensors().items()}
+        return prefixed_tensors(self.terms)
 
     def spec(self) -> Spec:
         """Kind, shape and the children's descriptions."""
@@ -41,8 +41,13 @@ class _Combinator(Expression):
         return cls(tuple(from_spec(child, child_tensors(i, tensors)) for i, child in enumerate(spec["terms"])))
 
 
+def prefixed_tensors(terms: tuple[Expression, ...]) -> dict[str, Tensor]:
+    """Tensors of the children of a combinator, named ``<index>.<name>``."""
+    return {f"{i}.{k}": t for i, term in enumerate(terms) for k, t in term.tensors().items()}
+
+
 def child_tensors(index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of child ``index`` of a combinator, with the prefix taken off."""
+    """Of `prefixed_tensors` those of child ``index``, under its own names."""
     prefix = f"{index}."
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 

@@ -40,12 +40,7 @@ class Mpo(Expression):
                 f"Mpo got cores of shapes {shapes}; expected (r_prev, out, in, r_next) with r_next equal to the next "
                 "r_prev and bond dimension 1 at both ends."
             )
-        full = prod(self.out_modes), prod(self.in_modes)
-        if self.features is not None and any(not 0 < f <= p for f, p in zip(self.features, full, strict=True)):
-            raise ShapeError(
-                f"Mpo of features {self.features} got modes {self.out_modes} x {self.in_modes} of a {full} matrix; "
-                "expected features of at least 1 and at most the product of the modes."
-            )
+        check_features("Mpo", self.features, self.out_modes, self.in_modes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,3 +127,19 @@ class Mpo(Expression):
 
 def _bonds_fit(shapes: list[tuple[int, ...]]) -> bool:
     return all(a[3] == b[0] for a, b in pairwise(shapes))
+
+
+def check_features(
+    kind: str, features: tuple[int, int] | None, out_modes: tuple[int, ...], in_modes: tuple[int, ...]
+) -> None:
+    """Refuse features that the modes do not hold; ``None`` is all they hold.
+
+    Raises:
+        ShapeError: if one is less than 1 or above the product of its modes.
+    """
+    full = prod(out_modes), prod(in_modes)
+    if features is not None and any(not 0 < f <= p for f, p in zip(features, full, strict=True)):
+        raise ShapeError(
+            f"{kind} of features {features} got modes {out_modes} x {in_modes} of a {full} matrix; expected features "
+            "of at least 1 and at most the product of the modes."
+        )
