@@ -151,7 +151,7 @@ class _Group:
     @property
     def largest(self) -> int:
         """The largest rank that every layer has."""
-        return min(self.portfolio.max_rank, *(min(each.weight.shape) for each in self.fits))
+        return min(min(each.weight.shape) for each in self.fits)
 
     @cached_property
     def residuals(self) -> list[Tensor]:
@@ -175,9 +175,9 @@ class _Group:
         """Factors in the model's dtype, if the portfolio has those, at every rank that stores less than the limit."""
         dtype = self.fits[0].dtype
         per_rank = (self.rows + self.fits[0].weight.shape[1]) * dtype.itemsize * 8
-        step, most = self.portfolio.rank_step, min(self.largest, -(-self.rest // per_rank) - 1)
-        ranks = [k for k in range(step, most + 1, step) if self._may_pay(k, k * per_rank)]
-        if not ranks or PLAIN not in self.portfolio.factors:
+        useful = self.portfolio.plain_ranks(min(self.largest, -(-self.rest // per_rank) - 1))
+        ranks = [k for k in useful if self._may_pay(k, k * per_rank)]
+        if not ranks:
             return [[] for _ in self.fits]
         lefts, right = self._factors(ranks[-1])
         right = right.to(dtype)
