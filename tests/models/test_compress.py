@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tnc
+from tnc.decompose import LowRankStage, Recipe
 from tnc.errors import FormatError, NonFiniteError, RankError, StatsError
 from tnc.models.layers import select_layers, weight_of
 
@@ -151,6 +152,21 @@ def test_a_rank_that_no_layer_can_use_is_refused_unless_forced(calibrated):
     report = tnc.ModelReport.of(tnc.compress(model, forced, stats=stats, include=["*k_proj"]))
     assert all(layer["rank"] == 16 and not layer["fallbacks"] for layer in report.layers.values())
     assert report.bits_per_weight == 48
+
+
+def test_ranks_of_candidates_are_held_to_the_same_limit(calibrated):
+    model, stats = calibrated
+
+    def nested(rank):
+        inner = Recipe("inner", (), candidates=(Recipe("low rank", (LowRankStage(rank),)),))
+        return Recipe("mine", (), candidates=(inner,))
+
+    with pytest.raises(RankError, match=r"recipe 'mine'\(rank=16\) is above the useful limit mn/\(m\+n\) = 10"):
+        tnc.compress(model, nested(16), stats=stats, include=["*k_proj"])
+    report = tnc.ModelReport.of(
+        tnc.compress(model, nested(tnc.Rank(16, forced=True)), stats=stats, include=["*k_proj"])
+    )
+    assert all(layer["rank"] == 16 and not layer["fallbacks"] for layer in report.layers.values())
 
 
 def test_factors_take_the_dtype_asked_for(calibrated):
