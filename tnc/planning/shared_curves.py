@@ -52,8 +52,9 @@ def measure_groups(
     Raises:
         ShapeError, NonFiniteError, StatsError: as `tnc.planning.measure_curves`.
 
-    Shared options that are not below the hull of the layers' own are left out: no plan would take them. Those that
-    cannot be below it are not measured: a layer's own term is better than a shared one of its rank.
+    Shared options that are not below the hull of the layers' own are left out: no plan on the hull would take them.
+    Those that would be above it at 95 % of what the layers' own terms of that rank cost are not measured: on the
+    calibration tokens a layer's own term is the better one, and on others a shared one is hardly better.
 
     Cost: beside the layers' own curves two eigenproblems of size n for each compensated base without transforms that
     may pay at some rank, and one rounding for each rank and format that may.
@@ -107,7 +108,7 @@ def _cost(option: Option) -> float:
 
 
 def _least(curves: Sequence[LayerCurves], base: str) -> dict[int, float]:
-    """By rank, what no shared term on a base undercuts: the layers' own terms of that rank, all together."""
+    """By rank, what shared terms on a base are taken not to undercut: the layers' own terms of it, all together."""
     found: dict[int, list[float]] = {}
     for each in (c for layer in curves for c in layer.curves if c.base == base and c.factors == PLAIN):
         for option in each.options:
