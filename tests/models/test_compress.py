@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import tnc
+from tnc.decompose import LowRankStage, Recipe
 from tnc.errors import FormatError, NonFiniteError, RankError, StatsError
 from tnc.models.layers import select_layers, weight_of
 
@@ -153,6 +154,21 @@ def test_a_rank_that_no_layer_can_use_is_refused_unless_forced(calibrated):
     assert report.bits_per_weight == 48
 
 
+def test_ranks_of_candidates_are_held_to_the_same_limit(calibrated):
+    model, stats = calibrated
+
+    def nested(rank):
+        inner = Recipe("inner", (), candidates=(Recipe("low rank", (LowRankStage(rank),)),))
+        return Recipe("mine", (), candidates=(inner,))
+
+    with pytest.raises(RankError, match=r"recipe 'mine'\(rank=16\) is above the useful limit mn/\(m\+n\) = 10"):
+        tnc.compress(model, nested(16), stats=stats, include=["*k_proj"])
+    report = tnc.ModelReport.of(
+        tnc.compress(model, nested(tnc.Rank(16, forced=True)), stats=stats, include=["*k_proj"])
+    )
+    assert all(layer["rank"] == 16 and not layer["fallbacks"] for layer in report.layers.values())
+
+
 def test_factors_take_the_dtype_asked_for(calibrated):
     model, stats = calibrated
     small = tnc.compress(model, tnc.recipe("svd", rank=4), stats=stats, dtype=torch.float16)
@@ -197,8 +213,9 @@ def test_errors_name_the_layer_and_leave_the_model_alone(calibrated):
 def test_statistics_of_another_model_are_refused(calibrated):
     model, stats = calibrated
     some = {name: each for name, each in stats.items() if "layers.0" in name}
-    with pytest.raises(StatsError, match=r"lack 7 of 14 layers, the first is 'model\.layers\.1"):
-        tnc.compress(model, tnc.recipe("rtn", bits=4, group_size=16), stats=some)
+    for chosen in (tnc.recipe("rtn", bits=4, group_size=16), tnc.recipe("svd_pooled", rank=tnc.BitsPerWeight(20))):
+        with pytest.raises(StatsError, match=r"lack 7 of 14 layers, the first is 'model\.layers\.1"):
+            tnc.compress(model, chosen, stats=some)
     with pytest.raises(StatsError, match="sequential"):
         tnc.compress(model, tnc.recipe("rtn", bits=4, group_size=16), stats=stats, sequential=True)
 

@@ -32,6 +32,18 @@ app = typer.Typer(
 F = TypeVar("F", bound=Callable[..., Any])
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Model = Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")]
+Calib = Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")]
+Stats = Annotated[Path | None, typer.Option(help="Statistics file: read if it exists, else written.")]
+Sequences = Annotated[int, typer.Option(help="Calibration sequences.")]
+Context = Annotated[int | None, typer.Option(help="Tokens a sequence; default 512 or the model's limit.")]
+Fisher = Annotated[bool, typer.Option(help="Calibrate gradients too: predictions in nats.")]
+Patterns = Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampled windows and labels.")]
+Bits = Annotated[int | None, typer.Option(help="Bits of the quantized base.")]
+GroupSize = Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")]
+BesideRows = Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")]
+StoredBits = Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")]
 
 
 def _friendly(command: F) -> F:
@@ -54,14 +66,14 @@ def _friendly(command: F) -> F:
 @app.command()
 @_friendly
 def compress(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     recipe: Annotated[str | None, typer.Option(help="A name from `tnc recipes`.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Instead of --recipe: a file of `tnc plan`, edited or not.")] = None,
-    calib: Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")] = None,
+    calib: Calib = None,
     text: Annotated[str | None, typer.Option(help="Held-out text: measures KL to the dense model.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Zero points fixed at mid-range.")] = False,
     number_format: Annotated[
         str | None, typer.Option("--format", help="Instead of --bits: nf4, mxfp4, nvfp4, fp8_e4m3, ternary, ...")
@@ -73,7 +85,7 @@ def compress(
     ] = False,
     cores: Annotated[int | None, typer.Option(help="Cores of a matrix product operator; default 2.")] = None,
     error: Annotated[float | None, typer.Option(help="Instead of --rank: largest relative error of a layer.")] = None,
-    bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
+    bpw: StoredBits = None,
     budget: Annotated[str | None, typer.Option(help="The same as bpw=3.3; other budgets: tnc plan.")] = None,
     base: Annotated[
         Path | None,
@@ -81,14 +93,14 @@ def compress(
             help="Folder that GPTQModel, AutoAWQ or compressed-tensors wrote, or a pruned model: kept, and compensated."
         ),
     ] = None,
-    stats: Annotated[Path | None, typer.Option(help="Statistics file: read if it exists, else written.")] = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    context: Annotated[int | None, typer.Option(help="Tokens a sequence; default 512 or the model's limit.")] = None,
-    fisher: Annotated[bool, typer.Option(help="Calibrate gradients too: predictions in nats.")] = True,
+    stats: Stats = None,
+    sequences: Sequences = 128,
+    context: Context = None,
+    fisher: Fisher = True,
     sequential: Annotated[bool, typer.Option(help="Later blocks see the compressed earlier ones.")] = False,
-    include: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled windows and labels.")] = 0,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -111,7 +123,7 @@ def compress(
 @app.command()
 @_friendly
 def plan(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
+    model: Model,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,7 +136,7 @@ def plan(
     calib: Annotated[
         str | None, typer.Option(help="Calibration text (.txt or .xz), if there are no statistics.")
     ] = None,
-    stats: Annotated[Path | None, typer.Option(help="Statistics file: read if it exists, else written.")] = None,
+    stats: Stats = None,
     curves: Annotated[Path | None, typer.Option(help="Error curves: read if there; default beside --stats.")] = None,
     text: Annotated[
         str | None, typer.Option(help="Held-out text to score the plan on; nats= and ppl= are then met as measured.")
@@ -133,7 +145,7 @@ def plan(
     alone: Annotated[
         bool, typer.Option("--alone", help="Score each layer compressed alone, too: predicted against measured.")
     ] = False,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")] = 64,
+    group_size: BesideRows = 64,
     method: Annotated[str, typer.Option(help="Quantizer of the integer bases, such as gptq or yaqa.")] = "gptq",
     refine: Annotated[int, typer.Option(help="Sweeps of refinement of the integer bases.")] = 0,
     rotated: Annotated[bool, typer.Option("--rotated", help="Rotate the inputs and outputs of integer bases.")] = False,
@@ -147,12 +159,12 @@ def plan(
     table: Annotated[Path | None, typer.Option(help="Latency table of tnc bench --table.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens a call, for latency= and speedup=.")] = 1,
     exact: Annotated[bool, typer.Option("--exact", help="Close the gap with HiGHS.")] = False,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    context: Annotated[int | None, typer.Option(help="Tokens a sequence; default 512 or the model's limit.")] = None,
-    fisher: Annotated[bool, typer.Option(help="Calibrate gradients too: predictions in nats.")] = True,
-    include: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled windows and labels.")] = 0,
+    sequences: Sequences = 128,
+    context: Context = None,
+    fisher: Fisher = True,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -183,7 +195,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="With --tune: time for all of it.")] = 60.0,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens a call; repeatable. Default 1 and 32.")] = None,
     ranks: Annotated[list[int] | None, typer.Option(help="Ranks; repeatable. Default 0, 16 and 64.")] = None,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")] = 64,
+    group_size: BesideRows = 64,
     repeats: Annotated[int, typer.Option(help="Timed calls of each point, after a first one.")] = 7,
     device: Device = "auto",
     as_json: Json = False,
@@ -227,15 +239,15 @@ def inspect(
 @app.command()
 @_friendly
 def forms(
-    model: Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")],
+    model: Model,
     layer: Annotated[str, typer.Option(help="Name or pattern of one layer.")],
     bits: Annotated[float, typer.Option(help="Stored bits per weight that every form may spend.")] = 8.0,
-    calib: Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")] = None,
+    calib: Calib = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics file, instead of --calib.")] = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    sequences: Sequences = 128,
     tokens: Annotated[list[int] | None, typer.Option(help="Rows of x to predict costs for; may be repeated.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine for the predicted times.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of sampled windows and labels.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -256,10 +268,10 @@ def draw(
     layer: Annotated[str, typer.Option(help="Name of one layer.")],
     out: Annotated[Path, typer.Option(help="Picture to write: .png, .pdf or .svg.")],
     recipe: Annotated[str | None, typer.Option(help="Of a dense layer: a name from `tnc recipes`.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits of the quantized base.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     rank: Annotated[int | None, typer.Option(help="Rank or bond dimension.")] = None,
-    bpw: Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")] = None,
+    bpw: StoredBits = None,
     stats: Annotated[Path | None, typer.Option(help="Statistics file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -279,7 +291,7 @@ def sensitivity(
     form: Annotated[str, typer.Option(help="svd, mpo (2 cores) or blast (4 × 4 blocks).")] = "svd",
     rank: Annotated[list[int] | None, typer.Option(help="Rank or bond dimension; may be repeated.")] = None,
     bpw: Annotated[list[float] | None, typer.Option(help="Stored bits per weight; may be repeated.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")] = None,
+    include: Patterns = None,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -308,7 +320,7 @@ def recipes(as_json: Json = False) -> None:
 @_friendly
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(help="Seed of sampled windows and labels.")] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Compress the embedded model with several recipes: table, checkpoint, JSON report and picture."""

@@ -184,7 +184,7 @@ def _print(options: PlanOptions, found: Plan | None, front: list[dict[str, float
 
 
 def _print_plan(found: Plan) -> None:
-    alone = any(layer.measured is not None for layer in found.layers.values())
+    alone = found.measured_alone
     rows = [
         (
             name, layer.choice.describe(), console.fixed(layer.bits / (layer.shape[0] * layer.shape[1]), 3),

@@ -67,7 +67,7 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 
 def _layers(plan: Plan) -> str:
-    alone = any(layer.measured is not None for layer in plan.layers.values())
+    alone = plan.measured_alone
     head = ("layer", "becomes", "bits/weight", "nats", *(("measured alone", "over nats") if alone else ()),
             "held-out error", "share", "ms", "runner-up, and what it costs")  # fmt: skip
     rows = []

@@ -14,6 +14,7 @@ from tnc.errors import TNCError
 from tnc.planning import CurveTable, ErrorCurve, Plan
 
 _LABEL = {"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.35, "linewidth": 0}
+_MARKERS = "osD^vPX*"  # by kind of layer
 _DIGITS = re.compile(r"\.(\d+)\.")
 
 
@@ -27,7 +28,7 @@ def draw_plan(path: Path, table: CurveTable, front: Sequence[Mapping[str, float]
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TNCError('pictures need matplotlib; install it with: pip install "tnc[plot]"') from error
-    measured = plan is not None and any(layer.measured is not None for layer in plan.layers.values())
+    measured = plan is not None and plan.measured_alone
     rows = 1 + (plan is not None) + measured
     figure = Figure(figsize=(13, 4.8 * rows - 0.6 * (rows > 1)), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)
@@ -125,7 +126,9 @@ def _draw_layers(axes: Any, plan: Plan) -> None:  # noqa: ANN401
         members = [layer for name, layer in plan.layers.items() if _kind(name) == kind]
         bits = [each.bits / (each.shape[0] * each.shape[1]) for each in members]
         values = [each.nats if each.nats is not None else each.error**2 for each in members]
-        axes.scatter(bits, [max(v, 1e-12) for v in values], s=28, alpha=0.8, label=kind, marker="osD^vPX*"[at % 8])
+        axes.scatter(
+            bits, [max(v, 1e-12) for v in values], s=28, alpha=0.8, label=kind, marker=_MARKERS[at % len(_MARKERS)]
+        )
     axes.set(yscale="log", xlabel="stored bits per weight of the layer", ylabel="predicted error of the layer",
              title="Every layer: error against bits")  # fmt: skip
     axes.legend(frameon=False, fontsize=8)
@@ -145,7 +148,7 @@ def _draw_measured(axes: Any, plan: Plan) -> None:  # noqa: ANN401
     kinds = _measured(plan)
     for at, (kind, points) in enumerate(kinds.items()):
         predicted, measured = [p[1] for p in points], [p[2] for p in points]
-        axes.scatter(predicted, measured, s=28, alpha=0.8, label=kind, marker="osD^vPX*"[at % 8])
+        axes.scatter(predicted, measured, s=28, alpha=0.8, label=kind, marker=_MARKERS[at % len(_MARKERS)])
     every = [value for points in kinds.values() for _, *values in points for value in values]
     ends = [min(every, default=1e-6), max(every, default=1.0)]
     axes.plot(ends, ends, color="gray", linewidth=1)
@@ -159,7 +162,7 @@ def _draw_measured(axes: Any, plan: Plan) -> None:  # noqa: ANN401
 def _draw_ratios(axes: Any, plan: Plan) -> None:  # noqa: ANN401
     for at, (kind, points) in enumerate(_measured(plan).items()):
         blocks, ratios = [p[0] for p in points], [p[2] / p[1] for p in points]
-        axes.plot(blocks, ratios, "osD^vPX*"[at % 8], markersize=5, alpha=0.8, label=kind)
+        axes.plot(blocks, ratios, _MARKERS[at % len(_MARKERS)], markersize=5, alpha=0.8, label=kind)
     axes.axhline(1.0, color="gray", linewidth=1)
     axes.axhline(plan.scale, color="gray", linewidth=1, linestyle="--", label="scale of all")
     axes.set(xlabel="block", ylabel="measured over predicted", title="Where the prediction is off")

@@ -14,19 +14,18 @@ from torch import Tensor, nn
 
 from tnc.checkpoint import Journal
 from tnc.checkpoint.journal import Record, digest
-from tnc.decompose import BitsPerWeight, Decomposition, DenseStage, GivenStage, Recipe, decompose
+from tnc.decompose import Decomposition, DenseStage, GivenStage, Recipe, decompose
 from tnc.decompose.best import decompose_by
 from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.shared import decompose_shared
 from tnc.errors import ModelError, StatsError
 from tnc.models.calibrate import Batch, calibrate, iter_block_stats
 from tnc.models.layers import select_layers, weight_of
-from tnc.models.pooling import at_rank, pooled_layer, stored_in
 from tnc.models.round_blocks import not_rounded, round_blocks
 from tnc.models.sharing import input_groups, sharing_groups
-from tnc.models.useful_ranks import check_ranks, forces_rank, served_by
+from tnc.models.uniform import Uniform
+from tnc.models.useful_ranks import forces_rank, served_by
 from tnc.modules import FactoredLinear
-from tnc.planning import Chosen, pooled_ranks
 from tnc.siblings import join_siblings
 from tnc.stats import LayerStats
 from tnc.terms import Expression, map_tensors
@@ -113,19 +112,17 @@ def compress(
     if bases is not None:
         include, exclude = _with_base(layers, bases), None
         layers = {name: layers[name] for name in include}
+    chooser = Uniform(recipe, tuple(layers)) if isinstance(recipe, Recipe) else recipe
+    chooser.check_layers({name: tuple(weight_of(layer).shape) for name, layer in layers.items()})
     if not isinstance(recipe, Recipe):
-        recipe.check_layers({name: tuple(weight_of(layer).shape) for name, layer in layers.items()})
         layers = {name: layers[name] for name in recipe.names}
         include, exclude = [escape(name) for name in layers], None
-    else:
-        check_ranks(recipe, [(w.shape[0], w.shape[1]) for w in map(weight_of, layers.values())])
     options: dict[str, Any] = {
         "fisher": fisher, "heldout_share": heldout_share, "include": include, "exclude": exclude, "seed": seed,
         "progress": progress,
     }  # fmt: skip
     if pooled and stats is None:
         stats = calibrate(target, batches or (), **options)
-    chooser = _Uniform(recipe, layers, stats, dtype) if isinstance(recipe, Recipe) else recipe
     options |= {"sequential": sequential, "asymmetric": sequential and _aims_at_dense(recipe)}
     groups = _groups(target, layers, batches, stats, options)
     done, siblings = 0, []
@@ -183,33 +180,6 @@ def _with_base(layers: Mapping[str, nn.Module], bases: Mapping[str, Expression])
 
 def _on_base(recipe: Recipe, base: Expression) -> Recipe:
     return replace(recipe, stages=(GivenStage(base), *recipe.stages))
-
-
-class _Uniform:
-    """A recipe for every layer; a pooled one with a rank for each."""
-
-    def __init__(
-        self, recipe: Recipe, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats] | None,
-        dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self._recipe, self.names = recipe, tuple(layers)
-        self._ranks = None if recipe.pooled is None else _pooled(recipe, recipe.pooled, layers, stats or {}, dtype)
-
-    def describe(self) -> str:
-        return self._recipe.describe()
-
-    def check_layers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Every layer will do."""
-
-    def recipes_of(
-        self, weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats | None], dtype: torch.dtype | None
-    ) -> dict[str, Recipe]:
-        if self._ranks is None:
-            return dict.fromkeys(weights, stored_in(self._recipe, dtype))
-        return {name: at_rank(self._recipe, self._ranks[name], dtype) for name in weights}
-
-    def check_layer(self, name: str, report: Mapping[str, Any]) -> None:
-        """Nothing was promised."""
 
 
 def _groups(
@@ -297,13 +267,3 @@ def _kept_dense(
     note = f"kept dense: the form asked for stores {asked} bits, dense {dense_bits}"
     dense = decompose(weight, (DenseStage(dtype),), stats)
     return Decomposition(dense.operator, replace(dense.report, fallbacks=(note,)))
-
-
-def _pooled(
-    recipe: Recipe, budget: BitsPerWeight, layers: Mapping[str, nn.Module], stats: Mapping[str, LayerStats],
-    dtype: torch.dtype | None,
-) -> dict[str, Chosen]:  # fmt: skip
-    """Rank of every layer under the recipe's budget for the whole model."""
-    weights = {name: weight_of(layer).detach() for name, layer in layers.items()}
-    known = {name: pooled_layer(recipe, weight, stats[name], dtype) for name, weight in weights.items()}
-    return pooled_ranks(known, budget.value).ranks

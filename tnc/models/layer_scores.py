@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
 from tnc.errors import ModelError
 from tnc.models.evaluate import evaluate_many
 from tnc.models.text import TokenWindows
-
-_TOGETHER = 16  # variants that one pass of the dense model serves
 
 
 def scores_alone(
@@ -27,7 +24,7 @@ def scores_alone(
         groups: names of the layers that are compressed together: one name each, or those of a block, which shows what
             its layers cost together beside what each costs alone.
         windows: held-out token windows.
-        progress: called with ("layers", groups done, groups in all).
+        progress: called with ("layers", windows done, windows in all).
 
     Returns:
         One value a group, in order.
@@ -36,22 +33,12 @@ def scores_alone(
         ModelError: for a layer that one of the models lacks.
         TextError: if no window has two tokens.
 
-    Cost: a pass over the windows for each group, and one of the dense model for each 16.
+    Cost: a pass over the windows for each group, and one of the dense model for all.
     """
-    asked, found, kept = [tuple(group) for group in groups], [], list(windows)
-    for some in _batched(asked, _TOGETHER):
-        variants = {str(at): _variant(model, small, names) for at, names in enumerate(some)}
-        scores = evaluate_many(variants, kept, reference=model)
-        found += [float(scores[name].kl or 0.0) for name in variants]
-        if progress is not None:
-            progress("layers", len(found), len(asked))
-    return found
-
-
-def _batched(groups: list[tuple[str, ...]], size: int) -> Iterator[list[tuple[str, ...]]]:
-    rest = iter(groups)
-    while some := list(islice(rest, size)):
-        yield some
+    variants = {str(at): _variant(model, small, names) for at, names in enumerate(groups)}
+    report = None if progress is None else lambda _, done, total: progress("layers", done, total)
+    scores = evaluate_many(variants, windows, reference=model, progress=report)
+    return [float(each.kl or 0.0) for each in scores.values()]
 
 
 def _variant(model: nn.Module, small: nn.Module, names: Iterable[str]) -> nn.Module:

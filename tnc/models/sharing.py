@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tnc.decompose import LowRankStage, Recipe
 from tnc.errors import RecipeError
+from tnc.planning import input_groups as by_input
 from tnc.stats import LayerStats
 
 
@@ -36,8 +37,5 @@ def input_groups(stats: Mapping[str, LayerStats | None]) -> list[list[str]]:
 
     Layers with notes are left out: an expert that no token reached has the moments of others.
     """
-    groups: dict[int, list[str]] = {}
-    for name, each in stats.items():
-        if each is not None and not each.notes:
-            groups.setdefault(id(each.inputs), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
+    reached = {name: each for name, each in stats.items() if each is not None and not each.notes}
+    return [names for names in by_input(reached) if len(names) > 1]

@@ -39,5 +39,6 @@ def forces_rank(recipe: Recipe) -> bool:
 
 
 def _low_rank(recipe: Recipe) -> list[LowRankStage]:
-    stages = [stage for each in (recipe, *recipe.candidates) for stage in each.stages]
-    return [stage for stage in stages if isinstance(stage, LowRankStage)]
+    """Its low-rank stages and those of its candidates, which may have candidates of their own."""
+    mine = [stage for stage in recipe.stages if isinstance(stage, LowRankStage)]
+    return mine + [stage for each in recipe.candidates for stage in _low_rank(each)]

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from tnc.errors import BudgetError
 from tnc.planning.curves import ErrorCurve, LayerCurves, Option
-from tnc.planning.portfolio import PLAIN, Choice, Portfolio
+from tnc.planning.portfolio import Choice, Portfolio
 
 FORMAT_VERSION = "2"
 _MEASURES = ("nats", "heldout_nats", "error", "heldout_error")
@@ -98,13 +98,8 @@ class CurveTable:
         return found
 
 
-def _factor_names(portfolio: Portfolio) -> list[str]:
-    """What choices may name: those of the portfolio, and the plain ones that a base without factors has by default."""
-    return list(dict.fromkeys((*portfolio.factors, PLAIN)))
-
-
 def _tensors(table: CurveTable) -> dict[str, torch.Tensor]:
-    bases, factors = list(table.portfolio.bases), _factor_names(table.portfolio)
+    bases, factors = list(table.portfolio.bases), table.portfolio.factor_names
     rows = [
         (at, bases.index(o.choice.base), factors.index(o.choice.factors), o.choice.rank, o.choice.shared, o.bits)
         for at, layer in enumerate(table.layers.values()) for o in layer.options
@@ -135,7 +130,7 @@ def _check_version(source: Path, notes: Mapping[str, str]) -> None:
 def _rebuild(notes: Mapping[str, str], columns: Mapping[str, list[list[float]]]) -> CurveTable:
     fields = json.loads(notes["fields"])
     portfolio = Portfolio.from_json(fields["portfolio"])
-    bases, factors = list(portfolio.bases), _factor_names(portfolio)
+    bases, factors = list(portfolio.bases), portfolio.factor_names
     known: dict[Choice, Choice] = {}  # most layers have the same ones
     by_layer: list[dict[tuple[str, str, bool], list[Option]]] = [{} for _ in fields["layers"]]
     for (at, base, factor, rank, shared, bits), measures in zip(columns["options"], columns["measures"], strict=True):

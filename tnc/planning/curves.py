@@ -147,9 +147,8 @@ class _Compensated:
     def plain(self) -> tuple[Option, ...]:
         """The base alone, and with every useful rank of factors in the model's dtype if the portfolio has those."""
         per_rank = sum(self.residual.shape) * self.fits.dtype.itemsize * 8
-        useful = max(-(-(self.fits.limit - self.ruler.wrap(self.base).storage_bits) // per_rank) - 1, 0)
-        largest = min(useful, self.portfolio.max_rank, *self.residual.shape)
-        ranks = list(range(0, largest + 1, self.portfolio.rank_step)) if PLAIN in self.portfolio.factors else [0]
+        useful = -(-(self.fits.limit - self.ruler.wrap(self.base).storage_bits) // per_rank) - 1
+        ranks = [0, *self.portfolio.plain_ranks(min(useful, *self.residual.shape))]
         term = self._term(ranks[-1], self.fits.dtype)
         errors = self.ruler.prefix_errors(self.residual, term)
         first = 1 if self.empty else 0  # storing nothing is no option

@@ -106,6 +106,11 @@ class Plan:
         return self.scale * sum(nats) if len(nats) == len(self.layers) else None
 
     @property
+    def measured_alone(self) -> bool:
+        """Whether layers were measured one by one."""
+        return any(layer.measured is not None for layer in self.layers.values())
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the planned layers."""
         return tuple(self.layers)

@@ -138,6 +138,16 @@ class Portfolio:
         """The factor formats that round, by name: all but that of the model's dtype."""
         return {name: FactorFormats.of(each) for name, each in self.factors.items() if each is not None}
 
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """What choices may name: the factor formats, and the plain one, which a choice without factors has anyway."""
+        return tuple(dict.fromkeys((*self.factors, PLAIN)))
+
+    def plain_ranks(self, most: int) -> range:
+        """Ranks tried with factors in the model's dtype, up to ``most``; none where the portfolio has no such ones."""
+        largest = min(most, self.max_rank) if PLAIN in self.factors else 0
+        return range(self.rank_step, largest + 1, self.rank_step)
+
     def ranks_within(self, formats: FactorFormats, shape: tuple[int, int], most: int, room: int) -> list[int]:
         """Ranks tried with rounded factors of a matrix ``shape``, up to ``most``, that take less than ``room`` bits."""
         ranks = [k for k in self.factor_ranks if k <= min(most, self.max_rank) and formats.fits(k)]
@@ -171,11 +181,8 @@ class Portfolio:
 
     def check(self, choice: Choice) -> None:
         """Raise `BudgetError` unless the portfolio has the names of a choice, and what is shared can be."""
-        factors = ("factor format", choice.factors, self.factors)
-        for kind, name, known in (
-            ("base", choice.base, self.bases),
-            *((factors,) if choice.rank or choice.factors != PLAIN else ()),
-        ):
+        factors = self.factors if choice.rank else self.factor_names
+        for kind, name, known in (("base", choice.base, self.bases), ("factor format", choice.factors, factors)):
             if name not in known:
                 raise BudgetError(
                     f"{kind} {name!r} is not in the portfolio of this plan; expected one of {', '.join(known)}."

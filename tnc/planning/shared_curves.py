@@ -52,8 +52,9 @@ def measure_groups(
     Raises:
         ShapeError, NonFiniteError, StatsError: as `tnc.planning.measure_curves`.
 
-    Shared options that are not below the hull of the layers' own are left out: no plan would take them. Those that
-    cannot be below it are not measured: a layer's own term is better than a shared one of its rank.
+    Shared options that are not below the hull of the layers' own are left out: no plan on the hull would take them.
+    Those that would be above it at 95 % of what the layers' own terms of that rank cost are not measured: on the
+    calibration tokens a layer's own term is the better one, and on others a shared one is hardly better.
 
     Cost: beside the layers' own curves two eigenproblems of size n for each compensated base without transforms that
     may pay at some rank, and one rounding for each rank and format that may.
@@ -107,7 +108,7 @@ def _cost(option: Option) -> float:
 
 
 def _least(curves: Sequence[LayerCurves], base: str) -> dict[int, float]:
-    """By rank, what no shared term on a base undercuts: the layers' own terms of that rank, all together."""
+    """By rank, what shared terms on a base are taken not to undercut: the layers' own terms of it, all together."""
     found: dict[int, list[float]] = {}
     for each in (c for layer in curves for c in layer.curves if c.base == base and c.factors == PLAIN):
         for option in each.options:
@@ -151,7 +152,7 @@ class _Group:
     @property
     def largest(self) -> int:
         """The largest rank that every layer has."""
-        return min(self.portfolio.max_rank, *(min(each.weight.shape) for each in self.fits))
+        return min(min(each.weight.shape) for each in self.fits)
 
     @cached_property
     def residuals(self) -> list[Tensor]:
@@ -175,9 +176,9 @@ class _Group:
         """Factors in the model's dtype, if the portfolio has those, at every rank that stores less than the limit."""
         dtype = self.fits[0].dtype
         per_rank = (self.rows + self.fits[0].weight.shape[1]) * dtype.itemsize * 8
-        step, most = self.portfolio.rank_step, min(self.largest, -(-self.rest // per_rank) - 1)
-        ranks = [k for k in range(step, most + 1, step) if self._may_pay(k, k * per_rank)]
-        if not ranks or PLAIN not in self.portfolio.factors:
+        useful = self.portfolio.plain_ranks(min(self.largest, -(-self.rest // per_rank) - 1))
+        ranks = [k for k in useful if self._may_pay(k, k * per_rank)]
+        if not ranks:
             return [[] for _ in self.fits]
         lefts, right = self._factors(ranks[-1])
         right = right.to(dtype)
