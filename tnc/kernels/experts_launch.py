@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnc.kernels.experts_kernels import experts_tile, route, weighted_sum
 from tnc.kernels.experts_vector_kernel import experts_vector
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
 from tnc.kernels.qlr_launch import ONE, Packed, registers, stride_of
 from tnc.kernels.tuned import tuned
@@ -95,7 +95,7 @@ def order_pairs(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor
     together = 16
     route[(1 + (math.ceil(pairs / together) if ranked else 0),)](
         index, order, tiles, pairs, experts, count, block, ranked, together, tile_of(pairs, most=1024),
-        tile_of(experts + 2, least=32), pdl, num_warps=8, **_options(pdl),
+        tile_of(experts + 2, least=32), pdl, num_warps=8, **early(pdl),
     )  # fmt: skip
     return order, tiles
 
@@ -133,7 +133,7 @@ def launched(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: i
         counters(x.device).take(flags + (count * blocks if splits > 1 else 0)), y, pairs, rows, experts, count, share,
         block, columns, *_decoding(stacked, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks,
         config["rows"], steps, splits, config["stages"], INTERPRETED, not INTERPRETED, pdl, num_warps=config["warps"],
-        **(registers(config["programs"], config["warps"]) if config["programs"] else {}), **_options(pdl),
+        **(registers(config["programs"], config["warps"]) if config["programs"] else {}), **early(pdl),
     )  # fmt: skip
     return y
 
@@ -164,7 +164,7 @@ def launched_apart(x: Tensor, index: Tensor, stacked: Stacked, config: dict[str,
         counters(x.device).take(2 * pairs + (pairs * blocks if splits > 1 else 0)), y, pairs, rows, len(stacked.ranks),
         pairs // x.shape[0], blocks, ONE, columns, *_decoding(stacked, "f32"), padded, config["ranks"],
         min(4096, 1024 * warps, tile_of(columns)), config["rows"], 8 * warps, splits, stride, stride < blocks, pdl,
-        num_warps=warps, **registers(config["programs"], warps), **_options(pdl),
+        num_warps=warps, **registers(config["programs"], warps), **early(pdl),
     )  # fmt: skip
     return y
 
@@ -190,10 +190,6 @@ def summed(y: Tensor, weights: Tensor, index: Tensor, experts: int) -> Tensor:
     block = tile_of(columns, most=512)
     pdl = overlaps(y.device)
     weighted_sum[(tokens, math.ceil(columns / block))](
-        y, weights, index, result, columns, experts, share, block, pdl, num_warps=4, **_options(pdl)
+        y, weights, index, result, columns, experts, share, block, pdl, num_warps=4, **early(pdl)
     )
     return result
-
-
-def _options(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}

@@ -36,6 +36,11 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def early(pdl: bool) -> dict[str, bool]:
+    """Options of a launch that may begin early, if ``pdl`` (`overlaps`); its kernel waits by ``grid_wait``."""
+    return {"launch_pdl": True} if pdl else {}
+
+
 class Counters:
     """Zeroed int32 counters of one device; every kernel leaves them at zero.
 

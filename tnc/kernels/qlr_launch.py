@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, on_its_device, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, on_its_device, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
 from tnc.kernels.qlr_tile_kernel import qlr_tile
 from tnc.kernels.qlr_vector_kernel import qlr_vector
@@ -159,7 +159,7 @@ def vector(x: Tensor, *members: Packed) -> Tensor:
         counters(x.device).take(2 + blocks), y, rows, ranks, firsts, tops, sum(rows), blocks, ONE, tokens, columns,
         *_decoding(packed, "f32"), padded, config["ranks"], min(4096, 1024 * warps, tile_of(columns)), producers,
         config["rows"], chunk, splits, stride, stride < blocks, pdl, num_warps=warps,
-        **registers(config["programs"], warps), **_options(pdl),
+        **registers(config["programs"], warps), **early(pdl),
     )  # fmt: skip
     return y
 
@@ -190,7 +190,7 @@ def tile(x: Tensor, *members: Packed) -> Tensor:
         counters(x.device).take(2 + producers + blocks), y, tokens, rows, sizes, firsts, tops, sum(rows), blocks, block,
         columns, *_decoding(packed, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks, producers,
         config["rows"], steps, splits, config["stages"], _exact(x), not INTERPRETED, pdl, num_warps=config["warps"],
-        **_options(pdl),
+        **early(pdl),
     )  # fmt: skip
     return y
 
@@ -211,7 +211,7 @@ def rebuild(packed: Packed, dtype: torch.dtype) -> Tensor:
         packed.right.to(dtype), packed.groups if packed.gain is None else packed.gain,
         level_tensor(packed.table, weight.device), weight,
         rows, max(rank, 1), columns, *_decoding(packed, "f32"), padded, ranks, config["rows"], config["units"],
-        stages, _exact(weight), not _exact(weight), pdl, num_warps=config["warps"], **_options(pdl),
+        stages, _exact(weight), not _exact(weight), pdl, num_warps=config["warps"], **early(pdl),
     )  # fmt: skip
     return weight
 
@@ -223,7 +223,3 @@ def _exact(tensor: Tensor) -> bool:
 def registers(programs: int, warps: int) -> dict[str, int]:
     """The bound on a thread's registers that lets so many programs run at once on a multiprocessor."""
     return {} if INTERPRETED else {"maxnreg": min(255, 65536 // (programs * warps * 32) // 8 * 8)}
-
-
-def _options(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}
