@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnc.kernels.experts_kernels import experts_tile, route, weighted_sum
 from tnc.kernels.experts_vector_kernel import experts_vector
-from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, on_its_device, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
 from tnc.kernels.qlr_launch import ONE, Packed, registers, stride_of
 from tnc.kernels.tuned import tuned
@@ -81,6 +81,7 @@ def worst_tiles(pairs: int, experts: int, block: int) -> int:
     return chosen + (pairs - chosen) // block
 
 
+@on_its_device
 def order_pairs(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
     """``order`` (pairs,) and ``tiles`` (3, tiles) of `tnc.kernels.experts.route`; pairs > 0."""
     pairs = index.numel()
@@ -109,6 +110,7 @@ def grouped(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: in
     return launched(x, order, tiles, stacked, block, config)
 
 
+@on_its_device
 def launched(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: int, config: dict[str, int]) -> Tensor:
     """`grouped` with a tile: rows, splits of columns, chunks of t's columns, stages, warps, programs.
 
@@ -145,6 +147,7 @@ def apart(x: Tensor, index: Tensor, stacked: Stacked) -> Tensor:
     return launched_apart(x, index, stacked, tuned("experts_vector", x.device, **sizes, tokens=1))
 
 
+@on_its_device
 def launched_apart(x: Tensor, index: Tensor, stacked: Stacked, config: dict[str, int]) -> Tensor:
     """`apart` with a tile: rows of a block, warps, ranks a producer makes, programs a multiprocessor."""
     pairs, rows, columns, rank = index.numel(), stacked.low.shape[2], stacked.columns, max(stacked.ranks)
@@ -182,6 +185,7 @@ def _decoding(stacked: Stacked, kind: str) -> tuple[object, ...]:
     return stacked.bits, stacked.scale, stacked.group, bool(stacked.table), lanes, stacked.gain is not None
 
 
+@on_its_device
 def summed(y: Tensor, weights: Tensor, index: Tensor, experts: int) -> Tensor:
     """(tokens, n): weights (tokens, k) times the rows of ``y`` (tokens k, n), added in float32."""
     tokens, share = weights.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnc.kernels import mpo
-from tnc.kernels.launch import INTERPRETED, counters, early, overlaps, tile_of, unsuited
+from tnc.kernels.launch import INTERPRETED, counters, early, on_its_device, overlaps, tile_of, unsuited
 from tnc.kernels.mpo3_kernels import mpo3 as mpo3_kernel
 from tnc.kernels.table import Bound, Kernel, Tensors, register_kernel
 from tnc.kernels.tuned import tuned
@@ -28,6 +28,7 @@ def fused(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
     return launched(x, first, second, third, tuned("mpo3", x.device, **sizes))
 
 
+@on_its_device
 def launched(x: Tensor, first: Tensor, second: Tensor, third: Tensor, config: dict[str, int]) -> Tensor:
     """`fused` with a tile: bonds a program merges, tokens a step, steps, warps, stages."""
     (_, o1, i1, a), (_, o2, i2, b), (_, o3, i3, _) = first.shape, second.shape, third.shape

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnc.kernels.launch import INTERPRETED, counters, early, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, early, on_its_device, overlaps, tile_of
 from tnc.kernels.trellis_fixes import EACH
 from tnc.kernels.trellis_kernels import trellis_vector
 from tnc.kernels.trellis_tile_kernel import fix_trellis, rebuild_trellis, trellis_tile
@@ -43,6 +43,11 @@ class Coded:
         return self.steps.shape[0], self.right.shape[1], self.left.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.stream.device
+
+    @property
     def units(self) -> int:
         """Units of rows."""
         return self.firsts.shape[1] - 1
@@ -69,6 +74,7 @@ class Coded:
         return self.firsts, items, fixes
 
 
+@on_its_device
 def vector(x: Tensor, coded: Coded) -> Tensor:
     """One or two tokens (M, in_features) to (M, out_features)."""
     (rows, columns, rank), tokens, items = coded.shape, x.shape[0], coded.items.shape[0]
@@ -92,6 +98,7 @@ def vector(x: Tensor, coded: Coded) -> Tensor:
     return y
 
 
+@on_its_device
 def tile(x: Tensor, coded: Coded) -> Tensor:
     """Up to 32 tokens (M, in_features) to (M, out_features)."""
     (rows, columns, rank), tokens, items = coded.shape, x.shape[0], coded.items.shape[0]
@@ -119,11 +126,12 @@ def tile(x: Tensor, coded: Coded) -> Tensor:
     return y
 
 
+@on_its_device
 def rebuild(coded: Coded, dtype: torch.dtype) -> Tensor:
     """W alone (out_features, in_features) in ``dtype``, rounded once."""
     rows, columns, _ = coded.shape
-    config = tuned("rebuild_trellis", coded.stream.device, **coded.sizes(0))
-    weight = torch.empty(rows, columns, dtype=dtype, device=coded.stream.device)
+    config = tuned("rebuild_trellis", coded.device, **coded.sizes(0))
+    weight = torch.empty(rows, columns, dtype=dtype, device=coded.device)
     pdl, across = overlaps(weight.device), config["across"]
     rest = (rows, columns, coded.lines, coded.bits, coded.state_bits)
     rebuild_trellis[(coded.units, math.ceil(columns / across))](
