@@ -9,9 +9,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+
+from torch import Tensor
 
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -44,6 +47,18 @@ def library(source: str, *more: str) -> ctypes.CDLL | str:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return f"{compiler} could not build it: {said.strip().splitlines()[0] if said.strip() else error!r}"
+
+
+def missing(source: str, *more: str) -> str | None:
+    """Why there is no such `library`, or ``None``; builds it."""
+    found = library(source, *more)
+    return found if isinstance(found, str) else None
+
+
+def call(found: ctypes.CDLL | str, name: str, tensors: Sequence[Tensor], *sizes: int) -> None:
+    """Call a function of a `library` that is there: the memory of contiguous CPU tensors, then sizes as int64."""
+    assert not isinstance(found, str), found
+    getattr(found, name)(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int64, sizes))
 
 
 def _build(compiler: tuple[str, ...], text: bytes, target: Path) -> None:

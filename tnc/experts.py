@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tnc.errors import ModelError
-from tnc.kernels.grouping import Group, Grouping, Layer, grouped
+from tnc.kernels.grouping import Group, Grouping, grouped
 
 _TRAITS = ("has_gate", "has_bias", "is_transposed")  # what transformers notes on every fused module
 _UNGROUPED: dict[str, Any] = {"_kernels": (), "_groups": "nobody asked yet"}
@@ -32,7 +32,7 @@ class Experts(nn.Module):
         fused: the module to stand in for; its weights are shared, not copied, unless they are stored transposed.
     """
 
-    _kernels: tuple[object, ...]  # of all layers when they were put together
+    _kernels: tuple[object, ...]  # of all layers when they were put together; None of those that are not factored
     _groups: tuple[Grouping, Group, Group] | str  # of both projections, or why there are none
 
     def __init__(self, fused: nn.Module) -> None:
@@ -103,8 +103,8 @@ class Experts(nn.Module):
         """Put the layers together anew if one of them was bound, loaded or moved since."""
         layers = [*self._layers(self.into), *self._layers("down_proj")]
         watched = any(map(_watched, layers))
-        kernels = tuple(layer.bound()[0] for layer in layers if isinstance(layer, Layer) and not watched)
-        if len(kernels) == len(self._kernels) and all(map(is_, kernels, self._kernels)) and kernels:
+        kernels = () if watched else tuple(getattr(layer, "bound_kernel", None) for layer in layers)
+        if kernels and len(kernels) == len(self._kernels) and all(map(is_, kernels, self._kernels)):
             return
         self._kernels = kernels
         self._groups = _WATCHED if watched else self._grouped()

@@ -14,7 +14,7 @@ def run_tune(*, shapes: list[str], seconds: float, device: str, as_json: bool) -
     """Time, write and print."""
     place = resolve_device(device)
     found = problems(place, [_shape(text) for text in shapes] or SHAPES)
-    with console.progress_bars() as progress:
+    with torch.cuda.device(place), console.progress_bars() as progress:  # where the clock captures graphs
         tried = tune(found, place, cuda_clock, seconds=seconds, progress=progress)
     path, name = save(tried, place), torch.cuda.get_device_name(place)
     if as_json:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tnc.kernels.applied import Applied, is_applied
 from tnc.kernels.applied import applied as applied_leaf
 from tnc.kernels.q_plus_lr import q_plus_lr
-from tnc.kernels.table import Bound, Kernel, Repacking, Tensors, Timed, choose, refusal_of, register_kernel
+from tnc.kernels.table import Bound, Kernel, Repacking, Tensors, Timed, bound_by, refusal_of, register_kernel, row_of
 from tnc.terms import Diagonal, Expression, Product, Sum
 
 NAME = "composed"
@@ -134,6 +134,19 @@ class Composed:
         return f"{parts}; predicted {', '.join(shown)} tokens" if shown else parts
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part before its kernel is bound, and the term that it runs."""
+
+    row: str
+    term: Expression
+    names: tuple[tuple[str, str], ...]
+
+    def bound(self, device: torch.device, dtype: torch.dtype) -> Part:
+        """The part."""
+        return Part(self.row, bound_by(self.row, self.term, device, dtype), self.names)
+
+
 def is_transform(term: Expression) -> bool:
     """Whether a factor changes the basis and no more: a rotation, scaling, permutation or selection."""
     return is_applied(term) or isinstance(term, Diagonal)
@@ -147,16 +160,16 @@ def transform(term: Expression, prefix: str) -> Part:
     return Part("transform", leaf, (("", prefix),))
 
 
-def parts_of(operator: Expression, device: torch.device, dtype: torch.dtype) -> tuple[Part, ...] | str:
-    """The parts of an operator that this row serves, or why it does not."""
+def parts_of(operator: Expression, device: torch.device, dtype: torch.dtype) -> tuple[Part | Piece, ...] | str:
+    """The parts of an operator that this row serves, or why it does not. Binds no kernel, which may plan at length."""
     if not isinstance(operator, Product | Sum) or len(operator.terms) < 2:
         return "it runs products and sums of several terms"
     walk = _factors(operator, device, dtype) if isinstance(operator, Product) else _summands(operator, device, dtype)
-    found: list[Part | str] = list(walk)
+    found: list[Part | Piece | str] = list(walk)
     refused = next((part for part in found if isinstance(part, str)), None)
     if refused is not None:
         return refused
-    parts = tuple(part for part in found if isinstance(part, Part))
+    parts = tuple(part for part in found if not isinstance(part, str))
     rows = {part.row for part in parts} - {"transform", *_PLAIN}
     if not rows:
         return "none of its parts has a kernel of its own here"
@@ -166,41 +179,40 @@ def parts_of(operator: Expression, device: torch.device, dtype: torch.dtype) -> 
     return parts
 
 
-def _factors(operator: Product, device: torch.device, dtype: torch.dtype) -> Iterator[Part | str]:
+def _factors(operator: Product, device: torch.device, dtype: torch.dtype) -> Iterator[Part | Piece | str]:
     """Factors of a product, the last first; each is a transform or has a row of its own."""
     for i, term in reversed(tuple(enumerate(operator.terms))):
         if is_transform(term):
             yield transform(term, f"{i}.")
             continue
-        part = _part(term, (("", f"{i}."),), device, dtype)
+        part = _piece(term, (("", f"{i}."),), device, dtype)
         yield f"its factor {i} ({term.kind}) has no kernel of its own here" if part.row in _PLAIN else part
 
 
-def _summands(operator: Sum, device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
+def _summands(operator: Sum, device: torch.device, dtype: torch.dtype) -> Iterator[Piece]:
     """Terms of a sum: a quantized and a low-rank one together where a row takes both, those left over by einsum."""
     left = dict(enumerate(operator.terms))
     for i, j in combinations(left, 2) if len(left) > 2 else ():
         pair = Sum((operator.terms[i], operator.terms[j]))
         if i in left and j in left and q_plus_lr(pair) is not None:
-            both = _part(pair, (("0.", f"{i}."), ("1.", f"{j}."), ("", f"{i}_{j}.")), device, dtype)
+            both = _piece(pair, (("0.", f"{i}."), ("1.", f"{j}."), ("", f"{i}_{j}.")), device, dtype)
             if both.row not in (*_PLAIN, NAME):
                 del left[i], left[j]
                 yield both
     plain: list[int] = []
     for i, term in left.items():
-        part = _part(term, (("", f"{i}."),), device, dtype)
+        part = _piece(term, (("", f"{i}."),), device, dtype)
         if part.row in _PLAIN:
             plain.append(i)
         else:
             yield part
     if 0 < len(plain) < len(operator.terms):
         names = tuple((f"{k}.", f"{i}.") for k, i in enumerate(plain))
-        yield _part(Sum(tuple(left[i] for i in plain)), names, device, dtype)
+        yield _piece(Sum(tuple(left[i] for i in plain)), names, device, dtype)
 
 
-def _part(term: Expression, names: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype) -> Part:
-    kernel, candidates = choose(term, device, dtype)
-    return Part(next(each.name for each in candidates if each.chosen), kernel, names)
+def _piece(term: Expression, names: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype) -> Piece:
+    return Piece(row_of(term, device, dtype), term, names)
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -212,7 +224,8 @@ def bind(operator: Expression, device: torch.device, dtype: torch.dtype) -> Comp
     """The kernel for an operator that is not refused."""
     parts = parts_of(operator, device, dtype)
     assert not isinstance(parts, str), parts
-    return Composed(parts, isinstance(operator, Sum), device)
+    bound = tuple(part if isinstance(part, Part) else part.bound(device, dtype) for part in parts)
+    return Composed(bound, isinstance(operator, Sum), device)
 
 
 register_kernel(Kernel(NAME, _serves, bind, priority=30, delegates=True))

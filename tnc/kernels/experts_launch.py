@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tnc.kernels.experts_kernels import experts_tile, route, weighted_sum
 from tnc.kernels.experts_vector_kernel import experts_vector
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, on_its_device, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
 from tnc.kernels.qlr_launch import ONE, Packed, registers, stride_of
 from tnc.kernels.tuned import tuned
@@ -81,6 +81,7 @@ def worst_tiles(pairs: int, experts: int, block: int) -> int:
     return chosen + (pairs - chosen) // block
 
 
+@on_its_device
 def order_pairs(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
     """``order`` (pairs,) and ``tiles`` (3, tiles) of `tnc.kernels.experts.route`; pairs > 0."""
     pairs = index.numel()
@@ -95,7 +96,7 @@ def order_pairs(index: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor
     together = 16
     route[(1 + (math.ceil(pairs / together) if ranked else 0),)](
         index, order, tiles, pairs, experts, count, block, ranked, together, tile_of(pairs, most=1024),
-        tile_of(experts + 2, least=32), pdl, num_warps=8, **_options(pdl),
+        tile_of(experts + 2, least=32), pdl, num_warps=8, **early(pdl),
     )  # fmt: skip
     return order, tiles
 
@@ -109,6 +110,7 @@ def grouped(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: in
     return launched(x, order, tiles, stacked, block, config)
 
 
+@on_its_device
 def launched(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: int, config: dict[str, int]) -> Tensor:
     """`grouped` with a tile: rows, splits of columns, chunks of t's columns, stages, warps, programs.
 
@@ -133,7 +135,7 @@ def launched(x: Tensor, order: Tensor, tiles: Tensor, stacked: Stacked, block: i
         counters(x.device).take(flags + (count * blocks if splits > 1 else 0)), y, pairs, rows, experts, count, share,
         block, columns, *_decoding(stacked, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks,
         config["rows"], steps, splits, config["stages"], INTERPRETED, not INTERPRETED, pdl, num_warps=config["warps"],
-        **(registers(config["programs"], config["warps"]) if config["programs"] else {}), **_options(pdl),
+        **(registers(config["programs"], config["warps"]) if config["programs"] else {}), **early(pdl),
     )  # fmt: skip
     return y
 
@@ -145,6 +147,7 @@ def apart(x: Tensor, index: Tensor, stacked: Stacked) -> Tensor:
     return launched_apart(x, index, stacked, tuned("experts_vector", x.device, **sizes, tokens=1))
 
 
+@on_its_device
 def launched_apart(x: Tensor, index: Tensor, stacked: Stacked, config: dict[str, int]) -> Tensor:
     """`apart` with a tile: rows of a block, warps, ranks a producer makes, programs a multiprocessor."""
     pairs, rows, columns, rank = index.numel(), stacked.low.shape[2], stacked.columns, max(stacked.ranks)
@@ -164,7 +167,7 @@ def launched_apart(x: Tensor, index: Tensor, stacked: Stacked, config: dict[str,
         counters(x.device).take(2 * pairs + (pairs * blocks if splits > 1 else 0)), y, pairs, rows, len(stacked.ranks),
         pairs // x.shape[0], blocks, ONE, columns, *_decoding(stacked, "f32"), padded, config["ranks"],
         min(4096, 1024 * warps, tile_of(columns)), config["rows"], 8 * warps, splits, stride, stride < blocks, pdl,
-        num_warps=warps, **registers(config["programs"], warps), **_options(pdl),
+        num_warps=warps, **registers(config["programs"], warps), **early(pdl),
     )  # fmt: skip
     return y
 
@@ -182,6 +185,7 @@ def _decoding(stacked: Stacked, kind: str) -> tuple[object, ...]:
     return stacked.bits, stacked.scale, stacked.group, bool(stacked.table), lanes, stacked.gain is not None
 
 
+@on_its_device
 def summed(y: Tensor, weights: Tensor, index: Tensor, experts: int) -> Tensor:
     """(tokens, n): weights (tokens, k) times the rows of ``y`` (tokens k, n), added in float32."""
     tokens, share = weights.shape
@@ -190,10 +194,6 @@ def summed(y: Tensor, weights: Tensor, index: Tensor, experts: int) -> Tensor:
     block = tile_of(columns, most=512)
     pdl = overlaps(y.device)
     weighted_sum[(tokens, math.ceil(columns / block))](
-        y, weights, index, result, columns, experts, share, block, pdl, num_warps=4, **_options(pdl)
+        y, weights, index, result, columns, experts, share, block, pdl, num_warps=4, **early(pdl)
     )
     return result
-
-
-def _options(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}

@@ -23,6 +23,10 @@ class Layer(Protocol):
     def kernel(self) -> str:
         """Name of the kernel that serves it."""
 
+    @property
+    def bound_kernel(self) -> Bound:
+        """The kernel: another object whenever the layer was bound anew."""
+
     def bound(self) -> tuple[Bound, dict[str, Tensor]]:
         """The kernel, and the very tensors it is called with."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tnc.hadamard import hadamard_matrix
 from tnc.kernels.applied import FUSED
 from tnc.kernels.hadamard_kernels import hadamard as hadamard_kernel
-from tnc.kernels.launch import INTERPRETED, on_its_device, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, early, on_its_device, overlaps, tile_of
 from tnc.kernels.table import Tensors
 from tnc.terms import Hadamard, Spec
 
@@ -54,7 +54,7 @@ def _launch(x: Tensor, signs: Tensor, factors: tuple[int, ...], inverse: bool) -
     pdl = overlaps(x.device)
     hadamard_kernel[(x.shape[0] * blocks, ceil(q / _COLUMNS))](
         x, signs, left, right, y, (p * q) ** -0.5, blocks, p, q, wide, min(deep, tile_of(q)), _COLUMNS, min(deep, wide),
-        inverse, exact, INTERPRETED, pdl, num_warps=4, num_stages=2, **({"launch_pdl": True} if pdl else {}),
+        inverse, exact, INTERPRETED, pdl, num_warps=4, num_stages=2, **early(pdl),
     )  # fmt: skip
     return y
 

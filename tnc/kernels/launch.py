@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from tnc.errors import BackendError
 
 P = ParamSpec("P")
+T = TypeVar("T")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ARENA = 1 << 20  # counters set aside a device for captured graphs: 4 MB
 
@@ -34,6 +35,11 @@ def multiprocessors(device: torch.device) -> int:
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may begin while the one before it ends (programmatic dependent launch, Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def early(pdl: bool) -> dict[str, bool]:
+    """Options of a launch that may begin early, if ``pdl`` (`overlaps`); its kernel waits by ``grid_wait``."""
+    return {"launch_pdl": True} if pdl else {}
 
 
 class Counters:
@@ -87,11 +93,11 @@ class _Placed(Protocol):
         """Where it lies."""
 
 
-def on_its_device(launch: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
     """A launch with the device of its first argument as the current one, where Triton launches."""
 
     @wraps(launch)
-    def placed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def placed(*args: P.args, **kwargs: P.kwargs) -> T:
         first: _Placed = args[0]  # type: ignore[assignment]
         if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
             return launch(*args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, on_its_device, overlaps, tile_of, unsuited
+from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, on_its_device, overlaps, tile_of, unsuited
 from tnc.kernels.low_rank_kernels import low_rank_tile, low_rank_vector
 from tnc.kernels.table import Kernel, Tensors, register_kernel
 from tnc.kernels.tuned import predicted, tuned
@@ -36,7 +36,7 @@ def vector(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     low_rank_vector[(producers + stride,)](
         x, left, right, t, counters(x.device).take(2), y, rows, rank, tokens, columns, padded, config["ranks"],
         min(4096, tile_of(columns)), producers, config["rows"], across, stride, stride < blocks, pdl,
-        num_warps=config["warps"], **({"launch_pdl": True} if pdl else {}),
+        num_warps=config["warps"], **early(pdl),
     )  # fmt: skip
     return y
 
@@ -56,7 +56,7 @@ def tile(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     low_rank_tile[(producers + math.ceil(rows / config["rows"]),)](
         x, left, right, t, parts, counters(x.device).take(2 + producers), y, tokens, rows, rank, block, columns, padded,
         ranks, chunks, producers, config["rows"], across, INTERPRETED or x.dtype == torch.float32, pdl,
-        num_warps=config["warps"], **({"launch_pdl": True} if pdl else {}),
+        num_warps=config["warps"], **early(pdl),
     )  # fmt: skip
     return y
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.kernels.launch import INTERPRETED, counters, on_its_device, overlaps, tile_of, unsuited
+from tnc.kernels.launch import INTERPRETED, counters, early, on_its_device, overlaps, tile_of, unsuited
 from tnc.kernels.mpo_kernels import mpo2 as mpo2_kernel
 from tnc.kernels.rebuild_kernels import rebuild_mpo2
 from tnc.kernels.table import Kernel, Tensors, register_kernel
@@ -41,7 +41,7 @@ def fused(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         x, first[0].permute(2, 1, 0).contiguous(), second.contiguous(), slab, counters(x.device).take(blocks), y,
         tokens, o1, o2, i1, i2, bond, wide, tile_of(i1), tile_of(i2), outputs, together, depth, slices,
         INTERPRETED or x.dtype == torch.float32, pdl, num_warps=config["warps"], num_stages=config["stages"],
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return y
 
@@ -58,7 +58,7 @@ def rebuild(first: Tensor, second: Tensor) -> Tensor:
         first.contiguous(), second.contiguous(), weight, i1, i2, o2, bond, high, tile_of(i2), min(64, deep), deep,
         config["outputs"], INTERPRETED or first.dtype == torch.float32, pdl,
         num_warps=config["warps"], num_stages=config["stages"],
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return weight
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnc.kernels import mpo
-from tnc.kernels.launch import INTERPRETED, counters, overlaps, tile_of, unsuited
+from tnc.kernels.launch import INTERPRETED, counters, early, on_its_device, overlaps, tile_of, unsuited
 from tnc.kernels.mpo3_kernels import mpo3 as mpo3_kernel
 from tnc.kernels.table import Bound, Kernel, Tensors, register_kernel
 from tnc.kernels.tuned import tuned
@@ -28,6 +28,7 @@ def fused(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
     return launched(x, first, second, third, tuned("mpo3", x.device, **sizes))
 
 
+@on_its_device
 def launched(x: Tensor, first: Tensor, second: Tensor, third: Tensor, config: dict[str, int]) -> Tensor:
     """`fused` with a tile: bonds a program merges, tokens a step, steps, warps, stages."""
     (_, o1, i1, a), (_, o2, i2, b), (_, o3, i3, _) = first.shape, second.shape, third.shape
@@ -47,7 +48,7 @@ def launched(x: Tensor, first: Tensor, second: Tensor, third: Tensor, config: di
         x, first.contiguous(), second.contiguous(), third.contiguous(), slab, counters(x.device).take(blocks), y,
         tokens, o1, o2, o3, i1, i2, i3, a, b, wide, high, into, inner // deep, deep, tile_of(b), bonds, together, steps,
         slices, config["stages"], INTERPRETED or x.dtype == torch.float32, pdl, num_warps=config["warps"],
-        **({"launch_pdl": True} if pdl else {}),
+        **early(pdl),
     )  # fmt: skip
     return y
 

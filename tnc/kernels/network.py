@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from tnc.kernels.reference import rebuild
 from tnc.kernels.table import Tensors
-from tnc.terms import Chain, Expression, Spec
+from tnc.terms import Chain, Expression, Mpo, Spec
 
 _TOKENS = "t"  # the leg of x that is no feature
 _EXACT = 12  # operands up to which every order without outer products is searched
@@ -46,26 +46,17 @@ class Form:
 _MATRIX = Form((("", "ab"),), out="a", into="b")
 
 
-def _mpo(cores: Tensors, shape: tuple[int, int]) -> Form:
-    """A chain of cores (r_prev, o, i, r_next); rebuilt where it is padded or longer than the alphabet."""
-    d = len(cores)
-    padded = (prod(core.shape[1] for core in cores.values()), prod(core.shape[2] for core in cores.values())) != shape
+def _cores(leaf: Expression) -> Form:
+    """Cores (r_prev, o, i, r_next) in a row; rebuilt where they are padded or more than the alphabet holds."""
+    assert isinstance(leaf, Mpo | Chain)
+    names = [f"{k}." for k in range(len(leaf.terms))] if isinstance(leaf, Chain) else list(leaf.tensors())
+    d = len(names)
+    padded = (prod(leaf.out_modes), prod(leaf.in_modes)) != leaf.shape
     if padded or 3 * d + 1 > len(_LABELS):
         return _MATRIX
     bonds, out, into = _LABELS[: d + 1], _LABELS[d + 1 : 2 * d + 1], _LABELS[2 * d + 1 : 3 * d + 1]
-    operands = ((name, bonds[k] + out[k] + into[k] + bonds[k + 1]) for k, name in enumerate(cores))
+    operands = ((name, bonds[k] + out[k] + into[k] + bonds[k + 1]) for k, name in enumerate(names))
     return Form(tuple(operands), out, into)
-
-
-def _chain(chain: Expression) -> Form:
-    """The terms as the cores of an operator."""
-    assert isinstance(chain, Chain)
-    d = len(chain.terms)
-    padded = (prod(chain.out_modes), prod(chain.in_modes)) != chain.shape
-    if padded or 3 * d + 1 > len(_LABELS):
-        return _MATRIX
-    bonds, out, into = _LABELS[: d + 1], _LABELS[d + 1 : 2 * d + 1], _LABELS[2 * d + 1 : 3 * d + 1]
-    return Form(tuple((f"{k}.", bonds[k] + out[k] + into[k] + bonds[k + 1]) for k in range(d)), out, into)
 
 
 def _tensor_ring(cores: Tensors) -> Form:
@@ -97,8 +88,8 @@ _FORMS: dict[str, Callable[[Expression], Form]] = {
     "dense": lambda leaf: Form((("matrix", "ab"),), out="a", into="b"),
     "diagonal": lambda leaf: Form((("vector", "a"),), out="a", into="a"),
     "low_rank": lambda leaf: Form((("left", "ar"), ("right", "rb")), out="a", into="b"),
-    "mpo": lambda leaf: _mpo(leaf.tensors(), leaf.shape),
-    "chain": _chain,
+    "mpo": _cores,
+    "chain": _cores,
     "block_low_rank": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="jl", into="ki"),
     "monarch": lambda leaf: Form((("left", "jlkr"), ("right", "kjri")), out="lj", into="ki"),
     "blast": lambda leaf: Form((("left", "alr"), ("coupling", "abr"), ("right", "brc")), out="al", into="bc"),

@@ -92,7 +92,8 @@ class QLR:
             return None
         sizes = {"rows": self.rows, "columns": self.base.columns, "rank": self.rank, "bits": self.base.bits}
         kernels = ["qlr_vector"] * (tokens <= VECTOR_TOKENS) + ["qlr_tile"] * (tokens > 1)
-        return min(predicted(kernel, device, **sizes, tokens=tokens) for kernel in kernels)
+        times = [predicted(kernel, device, **sizes, tokens=tokens) for kernel in kernels]
+        return min((time for time in times if time is not None), default=None)
 
     def alike(self, tensors: Tensors) -> Hashable:
         """Operators of one x for which this is equal can go in one launch; ``tensors`` as `pack` gives them."""

@@ -6,7 +6,6 @@ tokens rows are rebuilt a block at a time and multiplied. Both sum in float32.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tnc.compiled import library
+from tnc.compiled import call, library, missing
 from tnc.formats import IntFormat
 from tnc.kernels.q_plus_lr import q_plus_lr
 from tnc.kernels.table import Kernel, Tensors, register_kernel
@@ -24,6 +23,7 @@ from tnc.terms import Expression, Product, Quantized
 
 TOKENS = 4  # tokens up to which codes are decoded in registers
 LEAST = 2**20  # weights from which a layer is bound by memory, and building C code is worth a second
+_CODE = "kernels/qlr_cpu.c"
 LANES = {2: 8, 4: 8, 8: 16}  # bits of a code -> words in a unit
 _BLOCK = 2**23  # bytes of rows rebuilt at a time
 
@@ -52,10 +52,7 @@ def _places(bits: int) -> Tensor:
 
 
 def _call(name: str, tensors: tuple[Tensor, ...], *sizes: int) -> None:
-    found = library("kernels/qlr_cpu.c")
-    assert not isinstance(found, str), found
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-    getattr(found, name)(*pointers, *map(ctypes.c_int64, (*sizes, torch.get_num_threads())))
+    call(library(_CODE), name, tensors, *sizes, torch.get_num_threads())
 
 
 def _dot(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -217,11 +214,7 @@ def refusal(operator: Expression) -> str | None:
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it runs on CPU, the tensors are on {device.type}"
-    found = refusal(operator)
-    if found is not None:
-        return found
-    built = library("kernels/qlr_cpu.c")
-    return built if isinstance(built, str) else None
+    return refusal(operator) or missing(_CODE)
 
 
 def bind(operator: Expression) -> CpuQLR:

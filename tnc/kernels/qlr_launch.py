@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from tnc.kernels.launch import INTERPRETED, counters, multiprocessors, on_its_device, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, on_its_device, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
 from tnc.kernels.qlr_tile_kernel import qlr_tile
 from tnc.kernels.qlr_vector_kernel import qlr_vector
@@ -121,11 +121,12 @@ def _decoding(packed: Packed, kind: str) -> tuple[object, ...]:
 
 
 def faster(packed: Packed, tokens: int) -> bool:
-    """Whether `vector` is expected to be at least as fast as `tile`."""
+    """Whether `vector` is expected to be at least as fast as `tile`, as far as they were timed."""
     rows, columns, rank = packed.shape
     sizes = {"rows": rows, "columns": columns, "rank": rank, "bits": packed.bits, "tokens": tokens}
     device = packed.low.device
-    return predicted("qlr_vector", device, **sizes) <= predicted("qlr_tile", device, **sizes)
+    own, other = (predicted(kernel, device, **sizes) for kernel in ("qlr_vector", "qlr_tile"))
+    return own is None or other is None or own <= other
 
 
 def stride_of(blocks: int, splits: int, producers: int, programs: int) -> int:
@@ -159,7 +160,7 @@ def vector(x: Tensor, *members: Packed) -> Tensor:
         counters(x.device).take(2 + blocks), y, rows, ranks, firsts, tops, sum(rows), blocks, ONE, tokens, columns,
         *_decoding(packed, "f32"), padded, config["ranks"], min(4096, 1024 * warps, tile_of(columns)), producers,
         config["rows"], chunk, splits, stride, stride < blocks, pdl, num_warps=warps,
-        **registers(config["programs"], warps), **_options(pdl),
+        **registers(config["programs"], warps), **early(pdl),
     )  # fmt: skip
     return y
 
@@ -190,7 +191,7 @@ def tile(x: Tensor, *members: Packed) -> Tensor:
         counters(x.device).take(2 + producers + blocks), y, tokens, rows, sizes, firsts, tops, sum(rows), blocks, block,
         columns, *_decoding(packed, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks, producers,
         config["rows"], steps, splits, config["stages"], _exact(x), not INTERPRETED, pdl, num_warps=config["warps"],
-        **_options(pdl),
+        **early(pdl),
     )  # fmt: skip
     return y
 
@@ -211,7 +212,7 @@ def rebuild(packed: Packed, dtype: torch.dtype) -> Tensor:
         packed.right.to(dtype), packed.groups if packed.gain is None else packed.gain,
         level_tensor(packed.table, weight.device), weight,
         rows, max(rank, 1), columns, *_decoding(packed, "f32"), padded, ranks, config["rows"], config["units"],
-        stages, _exact(weight), not _exact(weight), pdl, num_warps=config["warps"], **_options(pdl),
+        stages, _exact(weight), not _exact(weight), pdl, num_warps=config["warps"], **early(pdl),
     )  # fmt: skip
     return weight
 
@@ -223,7 +224,3 @@ def _exact(tensor: Tensor) -> bool:
 def registers(programs: int, warps: int) -> dict[str, int]:
     """The bound on a thread's registers that lets so many programs run at once on a multiprocessor."""
     return {} if INTERPRETED else {"maxnreg": min(255, 65536 // (programs * warps * 32) // 8 * 8)}
-
-
-def _options(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}

@@ -132,17 +132,32 @@ def choose(
     wanted = _normalise(backend)
     if wanted not in backends():
         raise BackendError(f"unknown backend {backend!r}; expected one of {', '.join(backends())}.")
-    rows = sorted(_KERNELS.values(), key=lambda row: (-row.priority, row.name))
+    rows = _rows()
     refusals = {row.name: row.serves(operator, device, dtype) for row in rows}
     chosen = _pick(rows, refusals, wanted)
     report = tuple(_candidate(row, chosen, refusals[row.name], wanted) for row in rows)
-    bound = chosen.bind(operator, device, dtype) if chosen.delegates else chosen.bind(operator)
-    return bound, report
+    return bound_by(chosen.name, operator, device, dtype), report
+
+
+def row_of(operator: Expression, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the kernel that `choose` takes by itself; nothing is bound."""
+    return next(row.name for row in _rows() if row.serves(operator, device, dtype) is None)
+
+
+def bound_by(name: str, operator: Expression, device: torch.device, dtype: torch.dtype) -> Bound:
+    """The kernel of that name bound to an operator that it serves."""
+    row = _KERNELS[name]
+    return row.bind(operator, device, dtype) if row.delegates else row.bind(operator)
 
 
 def refusal_of(name: str, operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel of that name cannot serve an operator, or ``None``."""
     return _KERNELS[name].serves(operator, device, dtype)
+
+
+def _rows() -> list[Kernel]:
+    """The table in the order of choice."""
+    return sorted(_KERNELS.values(), key=lambda row: (-row.priority, row.name))
 
 
 def _pick(rows: list[Kernel], refusals: dict[str, str | None], wanted: str) -> Kernel:

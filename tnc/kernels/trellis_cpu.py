@@ -6,7 +6,6 @@ four tokens there; for more, rows are rebuilt a block at a time and multiplied. 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from tnc.compiled import library
+from tnc.compiled import call, library, missing
 from tnc.formats import TrellisFormat
 from tnc.kernels import trellis_words
 from tnc.kernels.table import Kernel, Tensors, register_kernel
@@ -31,18 +30,16 @@ _VECTOR = 16  # lines that share a mark: W of the C code
 _CODES = ("1mad", "3inst")  # CODE of the C code
 
 
-def _c_code(words: TrellisWords) -> ctypes.CDLL | str:
+def _c_code(words: TrellisWords) -> tuple[str, ...]:
+    """What `library` takes: the source, and the flags of a format."""
     format = words.format
     settings = {"BITS": format.bits, "SKEW": words.skew, "CODE": _CODES.index(format.code)}
-    return library("kernels/trellis_cpu.c", *(f"-D{name}={value}" for name, value in settings.items()))
+    return "kernels/trellis_cpu.c", *(f"-D{name}={value}" for name, value in settings.items())
 
 
 def _call(name: str, words: TrellisWords, tensors: tuple[Tensor, ...], *sizes: int) -> None:
-    found = _c_code(words)
-    assert not isinstance(found, str), found
     weight = words.rows, words.columns, words.lines, words.format.state_bits
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-    getattr(found, name)(*pointers, *map(ctypes.c_int64, (*sizes, *weight, torch.get_num_threads())))
+    call(library(*_c_code(words)), name, tensors, *sizes, *weight, torch.get_num_threads())
 
 
 def _dot(x: Tensor, stream: Tensor, marks: Tensor, seams: Tensor, steps: Tensor, words: TrellisWords) -> Tensor:
@@ -188,19 +185,16 @@ def refusal(operator: Expression) -> str | None:
         return f"a row has {operator.scale.shape[-1]} scales; it takes one"
     if operator.layout.stored != operator.in_features:
         return "the rows are padded to whole groups"
-    return trellis_words.refusal(operator.format)
+    found = trellis_words.refusal(operator.format)
+    if found is None and prod(operator.shape) < LEAST:
+        return f"{prod(operator.shape)} weights are fewer than {LEAST}, from where it pays"
+    return found
 
 
 def _serves(operator: Expression, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"it runs on CPU, the tensors are on {device.type}"
-    found = refusal(operator)
-    if found is not None:
-        return found
-    if prod(operator.shape) < LEAST:
-        return f"{prod(operator.shape)} weights are fewer than {LEAST}, from where it pays"
-    built = _c_code(bind(operator).words)
-    return built if isinstance(built, str) else None
+    return refusal(operator) or missing(*_c_code(bind(operator).words))
 
 
 def bind(operator: Expression) -> TrellisCpu:

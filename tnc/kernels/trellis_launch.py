@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnc.kernels.launch import INTERPRETED, counters, overlaps, tile_of
+from tnc.kernels.launch import INTERPRETED, counters, early, on_its_device, overlaps, tile_of
 from tnc.kernels.trellis_fixes import EACH
 from tnc.kernels.trellis_kernels import trellis_vector
 from tnc.kernels.trellis_tile_kernel import fix_trellis, rebuild_trellis, trellis_tile
@@ -43,6 +43,11 @@ class Coded:
         return self.steps.shape[0], self.right.shape[1], self.left.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.stream.device
+
+    @property
     def units(self) -> int:
         """Units of rows."""
         return self.firsts.shape[1] - 1
@@ -69,6 +74,7 @@ class Coded:
         return self.firsts, items, fixes
 
 
+@on_its_device
 def vector(x: Tensor, coded: Coded) -> Tensor:
     """One or two tokens (M, in_features) to (M, out_features)."""
     (rows, columns, rank), tokens, items = coded.shape, x.shape[0], coded.items.shape[0]
@@ -87,11 +93,12 @@ def vector(x: Tensor, coded: Coded) -> Tensor:
         x, coded.stream, *coded.fixed, coded.steps, coded.left, coded.right, t, slab,
         counters(x.device).take(2 + coded.units), y, rows, max(rank, 1), items, tokens, columns, coded.lines,
         coded.bits, coded.state_bits, padded, config["ranks"], min(1024, tile_of(columns)), producers, splits, chunks,
-        EACH, coded.units, not INTERPRETED, pdl, num_warps=1, **_options(pdl),
+        EACH, coded.units, not INTERPRETED, pdl, num_warps=1, **early(pdl),
     )  # fmt: skip
     return y
 
 
+@on_its_device
 def tile(x: Tensor, coded: Coded) -> Tensor:
     """Up to 32 tokens (M, in_features) to (M, out_features)."""
     (rows, columns, rank), tokens, items = coded.shape, x.shape[0], coded.items.shape[0]
@@ -114,29 +121,26 @@ def tile(x: Tensor, coded: Coded) -> Tensor:
         counters(x.device).take(2 + producers + coded.units), y, tokens, rows, max(rank, 1), items, block, columns,
         coded.lines, coded.bits, coded.state_bits, padded, ranks, chunks, producers, config["across"], splits, steps,
         config["stages"], EACH, coded.units, INTERPRETED, not INTERPRETED, pdl, num_warps=config["warps"],
-        **_options(pdl),
+        **early(pdl),
     )  # fmt: skip
     return y
 
 
+@on_its_device
 def rebuild(coded: Coded, dtype: torch.dtype) -> Tensor:
     """W alone (out_features, in_features) in ``dtype``, rounded once."""
     rows, columns, _ = coded.shape
-    config = tuned("rebuild_trellis", coded.stream.device, **coded.sizes(0))
-    weight = torch.empty(rows, columns, dtype=dtype, device=coded.stream.device)
+    config = tuned("rebuild_trellis", coded.device, **coded.sizes(0))
+    weight = torch.empty(rows, columns, dtype=dtype, device=coded.device)
     pdl, across = overlaps(weight.device), config["across"]
     rest = (rows, columns, coded.lines, coded.bits, coded.state_bits)
     rebuild_trellis[(coded.units, math.ceil(columns / across))](
         coded.stream, coded.steps, weight, *rest, across, not INTERPRETED, pdl, num_warps=config["warps"],
-        **_options(pdl),
+        **early(pdl),
     )  # fmt: skip
     if coded.items.shape[0]:
         fix_trellis[(coded.items.shape[0],)](
             coded.stream, *coded.fixed, coded.steps, weight, *rest, EACH, coded.units, not INTERPRETED, pdl,
-            num_warps=config["warps"], **_options(pdl),
+            num_warps=config["warps"], **early(pdl),
         )  # fmt: skip
     return weight
-
-
-def _options(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}

@@ -1,7 +1,8 @@
 """Tuned tiles as data: ``tuned/*.json`` hold, for a GPU and a date, the best tiles of measured shapes.
 
 A row serves the shapes it was measured at; another shape takes the row of its kernel that is nearest in the
-logarithms of rows, columns, rank, bits and tokens. Which tile runs changes the time, never the answer.
+logarithms of rows, columns, rank, bits and tokens. Which tile runs changes the time, never the answer. Rows without
+``microseconds`` hold a tile and no time.
 
 ``tnc bench --tune`` writes such a table for the GPU at hand into the cache folder; the kernels that it holds are
 taken from there, the others from the shipped table.
@@ -54,23 +55,31 @@ def tiles(kernel: str, device: torch.device, **sizes: int) -> list[Tile]:
     return list({tuple(sorted(row["tile"].items())): row["tile"] for row in rows}.values())
 
 
-def predicted(kernel: str, device: torch.device, **sizes: int) -> float:
-    """Microseconds expected of a kernel: those of the nearest measured shape, times the ratio of the weights' sizes.
+def predicted(kernel: str, device: torch.device, **sizes: int) -> float | None:
+    """Microseconds expected of a kernel: those of the nearest timed shape, times the ratio of the weights' sizes.
 
-    Exact where measured; between shapes mostly within a third (`tests/kernels/test_tuned.py`); 0 where nothing was
-    timed.
+    Exact where measured; between shapes mostly within a third (`tests/kernels/test_tuned.py`); ``None`` where nothing
+    was timed.
     """
-    row = _nearest(kernel, device, tuple(sorted(sizes.items())))
+    row = _nearest_timed(kernel, device, tuple(sorted(sizes.items())))
+    if row is None:
+        return None
     size = sizes["rows"] * sizes["columns"] / float(row.get("rows", 1) * row.get("columns", 1))
     if row.get("bits"):
         size *= sizes["bits"] / float(row["bits"])
-    measured: float = row.get("microseconds", 0.0)
+    measured: float = row["microseconds"]
     return measured * (_FIXED + (1 - _FIXED) * size)
 
 
 @lru_cache(maxsize=4096)
 def _nearest(kernel: str, device: torch.device, sizes: tuple[tuple[str, int], ...]) -> Row:
     return min(_rows(kernel, device), key=lambda row: _distance(row, sizes))
+
+
+@lru_cache(maxsize=4096)
+def _nearest_timed(kernel: str, device: torch.device, sizes: tuple[tuple[str, int], ...]) -> Row | None:
+    timed = [row for row in _rows(kernel, device) if "microseconds" in row]
+    return min(timed, key=lambda row: _distance(row, sizes), default=None)
 
 
 def _rows(kernel: str, device: torch.device) -> list[Row]:
@@ -109,6 +118,7 @@ def own_table(device: torch.device) -> Path | None:
 def forget() -> None:
     """Read the tables anew from now on."""
     _nearest.cache_clear()
+    _nearest_timed.cache_clear()
     _read.cache_clear()
 
 

@@ -161,6 +161,11 @@ class FactoredLinear(nn.Module):
         """Name of the kernel that serves the layer."""
         return next(c.name for c in self._candidates if c.chosen)
 
+    @property
+    def bound_kernel(self) -> Bound:
+        """The kernel bound to the operator: another object whenever the layer was bound anew."""
+        return self._kernel
+
     def bound(self) -> tuple[Bound, dict[str, Tensor]]:
         """The kernel bound to the operator, and the very tensors it is called with, in its own layout."""
         return self._kernel, self._tensors()
@@ -185,10 +190,9 @@ class FactoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, expression and kernel, for ``print(model)``."""
-        kernel = next(c.name for c in self._candidates if c.chosen)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, operator={_outline(self.operator)}, kernel={kernel}"
+            f"bias={self.bias is not None}, operator={_outline(self.operator)}, kernel={self.kernel}"
         )
 
     def hold(self, name: str, tensor: Tensor, tie: Tie | None = None) -> None:

@@ -85,6 +85,8 @@ class Siblings:
         """What the layer at ``place`` gives for x, without bias; ``None`` where it has to run by itself."""
         if not self.active or torch.is_grad_enabled() or type(x) is not Tensor or _traced():
             return None
+        if self._plan is not None and self._plan.how is None:  # nothing in common
+            return None
         key = _key(x)
         if key is None:
             return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from tnc.compiled import library
+from tnc.compiled import call, library, missing
 from tnc.quant.viterbi import Trellis, bound_of, linear_costs, window_of
 
 _ROUNDED = "-ffp-contract=off"  # every product and sum is rounded by itself, as torch rounds it
+_CODE = "quant/viterbi.c", _ROUNDED
 _LANES = 16  # floats of the widest vector
 
 
@@ -18,8 +17,7 @@ def refusal(trellis: Trellis) -> str | None:
     """Why the codes of a trellis are not found in C, or ``None``; builds the code."""
     if trellis.bits not in (2, 3, 4) or len(trellis.levels) >> trellis.bits < _LANES:
         return f"it takes 2, 3 or 4 bits and at least {_LANES} groups of states"
-    found = library("quant/viterbi.c", _ROUNDED)
-    return found if isinstance(found, str) else None
+    return missing(*_CODE)
 
 
 def encode(trellis: Trellis, targets: Tensor, weights: Tensor) -> Tensor:
@@ -31,7 +29,8 @@ def encode(trellis: Trellis, targets: Tensor, weights: Tensor) -> Tensor:
     half = window_of(trellis, length)
     codes = torch.empty(length, count, dtype=torch.uint8)
     held = _held(trellis, max(length, 2 * half + 1), count)
-    _call("tnc_encode", (*_costs(trellis, targets, weights), codes, held), length, count, half, trellis, len(held))
+    sizes = length, count, half, trellis.digits, trellis.bits, len(held)
+    call(library(*_CODE), "tnc_encode", (*_costs(trellis, targets, weights), codes, held), *sizes)
     return codes
 
 
@@ -39,7 +38,8 @@ def least_costs(trellis: Trellis, targets: Tensor, weights: Tensor) -> Tensor:
     """As `tnc.quant.viterbi.least_costs`, for rings of more than D codes."""
     length, count = targets.shape
     least, held = torch.empty(count), _held(trellis, 2, count)
-    _call("tnc_least", (*_costs(trellis, targets, weights), least, held), length, count, trellis, len(held))
+    sizes = length, count, trellis.digits, trellis.bits, len(held)
+    call(library(*_CODE), "tnc_least", (*_costs(trellis, targets, weights), least, held), *sizes)
     return bound_of(least, targets, weights)
 
 
@@ -52,10 +52,3 @@ def _held(trellis: Trellis, steps: int, count: int) -> Tensor:
     """Room (threads, steps, groups and a vector): the least costs that a thread keeps."""
     threads = max(min(torch.get_num_threads(), count), 1)
     return torch.empty(threads, steps, (len(trellis.levels) >> trellis.bits) + _LANES)
-
-
-def _call(name: str, tensors: tuple[Tensor, ...], *sizes: int | Trellis) -> None:
-    found = library("quant/viterbi.c", _ROUNDED)
-    assert not isinstance(found, str), found
-    whole = [n for size in sizes for n in ((size.digits, size.bits) if isinstance(size, Trellis) else (size,))]
-    getattr(found, name)(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_int64, whole))
