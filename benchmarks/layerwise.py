@@ -49,9 +49,13 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
 
 
 def measured(arguments: argparse.Namespace, jobs: Sequence[str], measure: Callable[[str], Row]) -> dict[str, Row]:
-    """Rows by name, those in ``--out`` and those of ``jobs`` that it lacks; ``measure`` runs in the processes."""
+    """Rows by name, those in ``--out`` and those of ``jobs`` that it lacks; ``measure`` runs in the processes.
+
+    The largest layers go first, so that no process waits long for the last one.
+    """
     found = read(arguments.out)
     todo = [job for job in jobs if job not in found["rows"] and re.search(arguments.only, job)]
+    todo.sort(key=_entries, reverse=True)
     found["machine"], found["share"] = machine(), arguments.share
     end = time.monotonic() + arguments.seconds
     with multiprocessing.get_context("fork").Pool(arguments.jobs, _alone) as pool:
@@ -64,6 +68,14 @@ def measured(arguments: argparse.Namespace, jobs: Sequence[str], measure: Callab
             found["rows"][name] = row
             write(arguments.out, found)
     return dict(found["rows"])
+
+
+def _entries(job: str) -> int:
+    """Of the layer, or of all layers of the module, that a job is named after."""
+    module = job.rpartition(".")[0]
+    return (
+        WEIGHTS[job].numel() if job in WEIGHTS else sum(w.numel() for n, w in WEIGHTS.items() if n.startswith(module))
+    )
 
 
 class _Named:
