@@ -31,7 +31,8 @@ def refine(weight: Tensor, term: Expression, metric: Metric, *, sweeps: int = 2,
         An expression of the same structure, float64: the error before it is cast to a narrower dtype is never
         above that of ``term``.
 
-    Cost: a rebuilt matrix, its adjoint and ``2 m n (m + n)`` flops a step, in float64.
+    Cost: the matrix of the term of a sum that holds the tensor, its adjoint and ``2 m n (m + n)`` flops a step, in
+    float64.
     """
     current = cast(term, torch.float64)
     names = trainable(term)
@@ -58,10 +59,13 @@ class _Linear:
 
     term: Expression
     name: str
-    rest: Tensor  # what the terms of a sum without this tensor add: the constant part of an affine map
+    rest: Tensor  # what terms of a sum inside a product add without this tensor: the constant part of an affine map
 
     @classmethod
     def of(cls, term: Expression, name: str) -> _Linear:
+        while isinstance(term, Sum):  # the other terms of a sum do not move
+            place, _, name = name.partition(".")
+            term = term.terms[int(place)]
         zero = torch.zeros_like(term.tensors()[name])
         return cls(term, name, from_spec(term.spec(), {**term.tensors(), name: zero}).to_dense())
 
@@ -83,19 +87,21 @@ class _Linear:
 def _improve(term: Expression, name: str, error: Tensor, metric: Metric, steps: int) -> tuple[Expression, Tensor]:
     """Conjugate gradients on one tensor from where it is; returns the new term and the error left."""
     J = _Linear.of(term, name)
-    total = torch.zeros_like(term.tensors()[name])
-    slope = J.adjoint(_seen(metric, error))
+    total, seen_error = torch.zeros_like(term.tensors()[name]), _seen(metric, error)
+    slope = J.adjoint(seen_error)
     direction, size = slope, float(slope.square().sum())
     start = size
     for _ in range(steps):
         if size <= 1e-24 * start or size == 0:
             break
         change = J(direction)
-        curvature = float((change * _seen(metric, change)).sum())
+        seen = _seen(metric, change)
+        curvature = float((change * seen).sum())
         if curvature <= 0:
             break
-        total, error = total + size / curvature * direction, error - size / curvature * change
-        slope = J.adjoint(_seen(metric, error))
+        step = size / curvature
+        total, error, seen_error = total + step * direction, error - step * change, seen_error - step * seen
+        slope = J.adjoint(seen_error)
         before, size = size, float(slope.square().sum())
         direction = slope + size / before * direction
     moved = {**term.tensors(), name: term.tensors()[name] + total}
