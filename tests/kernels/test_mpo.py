@@ -9,7 +9,7 @@ from tnc import FactoredLinear
 from tnc.errors import BackendError, BudgetError
 from tnc.kernels import choose, mpo_prices
 from tnc.kernels.costs import Costs, costs_of
-from tnc.kernels.kept import KEPT, KeptWeights, fingerprint
+from tnc.kernels.kept import KEPT, KeptWeights
 from tnc.kernels.mpo import plan_mpo
 from tnc.kernels.mpo_prices import candidates
 from tnc.kernels.mpo_ways import Keep, Path, Rebuild, Sweep
@@ -253,17 +253,6 @@ def test_an_edit_of_a_core_is_seen_however_it_is_done(core):
     a.cores[core].data.copy_(a.cores[core].flip(2))
     agrees(plan, a, x)
     assert plan(x.double(), a.tensors()).dtype == torch.float64
-
-
-def test_a_fingerprint_sees_every_single_entry():
-    tensor = torch.randn(3, 5, 7, 2)
-    before = fingerprint(tensor)
-    for place in range(tensor.numel()):
-        changed = tensor.clone()
-        changed.view(-1)[place] = torch.nextafter(changed.view(-1)[place], torch.tensor(9.0))
-        assert not torch.equal(fingerprint(changed), before)
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        assert fingerprint(tensor.to(dtype)).dtype == torch.int64
 
 
 def test_trained_cores_are_never_kept():
