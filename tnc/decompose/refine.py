@@ -2,8 +2,8 @@
 
 The matrix of an expression is linear in each of its stored float tensors (cores, factors, couplings; scales of a
 quantized base are left alone). So with the others fixed the best value of one is a linear least-squares problem,
-``min ||E - J δ||`` in the metric. Conjugate gradients lower its error at every step, so a sweep never raises the
-error, however early it stops.
+``min ||E - J δ||`` in the metric. Conjugate gradients lower its error at every step, however early they stop; a step
+that rounding led astray, as where nothing is left to gain, is not taken.
 """
 
 from __future__ import annotations
@@ -35,12 +35,28 @@ def refine(weight: Tensor, term: Expression, metric: Metric, *, sweeps: int = 2,
     float64.
     """
     current = cast(term, torch.float64)
-    names = trainable(term)
-    error = weight.double() - dense64(current)
+    left = _Left.of(weight, current, metric)
     for _ in range(sweeps):
-        for name in names:
-            current, error = _improve(current, name, error, metric, steps)
+        for name in trainable(term):
+            moved = _improved(current, name, left, metric, steps)
+            after = _Left.of(weight, moved, metric)
+            if after.energy < left.energy:
+                current, left = moved, after
     return current
+
+
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """Of the error E that an expression leaves: ``G E H`` (m, n) and ``tr(Eᵀ G E H)``."""
+
+    seen: Tensor
+    energy: float
+
+    @classmethod
+    def of(cls, weight: Tensor, term: Expression, metric: Metric) -> _Left:
+        error = weight.double() - dense64(term)
+        seen = _seen(metric, error)
+        return cls(seen, float((error * seen).sum()))
 
 
 def trainable(expression: Expression, prefix: str = "") -> tuple[str, ...]:
@@ -84,28 +100,26 @@ class _Linear:
         return from_spec(self.term.spec(), {**self.term.tensors(), self.name: value}).to_dense()
 
 
-def _improve(term: Expression, name: str, error: Tensor, metric: Metric, steps: int) -> tuple[Expression, Tensor]:
-    """Conjugate gradients on one tensor from where it is; returns the new term and the error left."""
+def _improved(term: Expression, name: str, left: _Left, metric: Metric, steps: int) -> Expression:
+    """The term after conjugate gradients on one tensor from where it is."""
     J = _Linear.of(term, name)
-    total, seen_error = torch.zeros_like(term.tensors()[name]), _seen(metric, error)
-    slope = J.adjoint(seen_error)
+    total, seen = torch.zeros_like(term.tensors()[name]), left.seen
+    slope = J.adjoint(seen)
     direction, size = slope, float(slope.square().sum())
     start = size
     for _ in range(steps):
         if size <= 1e-24 * start or size == 0:
             break
         change = J(direction)
-        seen = _seen(metric, change)
-        curvature = float((change * seen).sum())
+        seen_change = _seen(metric, change)
+        curvature = float((change * seen_change).sum())
         if curvature <= 0:
             break
-        step = size / curvature
-        total, error, seen_error = total + step * direction, error - step * change, seen_error - step * seen
-        slope = J.adjoint(seen_error)
+        total, seen = total + size / curvature * direction, seen - size / curvature * seen_change
+        slope = J.adjoint(seen)
         before, size = size, float(slope.square().sum())
         direction = slope + size / before * direction
-    moved = {**term.tensors(), name: term.tensors()[name] + total}
-    return from_spec(term.spec(), moved), error
+    return from_spec(term.spec(), {**term.tensors(), name: term.tensors()[name] + total})
 
 
 def _seen(metric: Metric, matrix: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Tensor ring, Tucker and CP: laws, TensorLy as the oracle of the start, and refinement that never climbs."""
 
 from functools import partial
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -9,7 +10,7 @@ import tensorly.decomposition
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies_matrices import brute_squared_norm, generator, problems, well_conditioned, whole
+from strategies_matrices import brute_squared_norm, gaussian, generator, problems, psd, well_conditioned, whole
 from torch import Tensor
 
 from tnc.decompose import BitsPerWeight, truncated_svd
@@ -94,6 +95,18 @@ def test_refinement_never_climbs(problem, form):
         errors.append(max(error, 0.0) ** 0.5)
     slack = 1e-6 * whole(problem)
     assert errors[1] <= errors[0] + slack and errors[2] <= errors[1] + slack
+
+
+@pytest.mark.parametrize("form", [tensor_ring, tucker, block_term, cp])
+def test_refinement_of_an_exact_start_stays_exact(form):
+    """Conjugate gradients on what rounding leaves once went to 1e58."""
+    for tokens, scale in product((1, 2, 3, 4), (1e-6, 1e-3, 1.0, 1e3, 1e6)):
+        g = generator(0)
+        weight = gaussian(5, 1, g) @ gaussian(1, 1, g)
+        metric = Metric(psd(1, tokens, scale, g))
+        start, found = (form(weight, 1, cores=2, metric=metric, sweeps=sweeps) for sweeps in (0, 2))
+        before, after = (float((weight - dense64(term)).norm()) for term in (start, found))
+        assert after <= max(before, 1e-14 * float(weight.norm()))
 
 
 def test_refinement_of_a_poor_low_rank_start_reaches_the_optimum():
