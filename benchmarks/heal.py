@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -24,40 +23,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.decomposed import decomposed
 from benchmarks.portfolio import on_cpu
 from benchmarks.results import read, write
 from benchmarks.run import machine
 from benchmarks.windows import spread
-from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, compress, heal, load_stats, recipe
-from tnc.errors import TNCError
+from tnc import BitsPerWeight, LayerStats, Recipe, calibrate, heal, load_stats, recipe
 from tnc.models.evaluate import evaluate
 from tnc.models.heal import HealReport
 from tnc.models.hf import load_model, load_tokenizer
-from tnc.models.layers import select_layers, weight_of
-from tnc.models.pooling import at_rank, pooled_layer
 from tnc.models.report import ModelReport
 from tnc.models.text import Tokenizer, calibration_batches, full_windows, read_text, token_windows
-from tnc.modules import FactoredLinear
-from tnc.planning import PooledBonds, PooledLayer, pooled_ranks
-from tnc.terms import from_spec, map_tensors
-
-DTYPE = torch.float16  # of stored factors
 
 
 def rows(share: float, only: str) -> list[Recipe]:
-    """Truncated SVD and matrix product operators at ``16 * share`` bits a weight, what is asked first first."""
-    size = {"rank": BitsPerWeight(16 * share)}
-    found = [recipe(name, **size) for name in ("svd_fisher", "compactifai", "svd_pooled", "mpo", "mpo_low_rank")]
-    found += [recipe(name, **size) for name in ("mpo_pooled", "svd")]
-    ordered = recipe("mpo_ordered", **size).candidates[1]  # without the choice, which would decompose twice
-    found.append(replace(ordered, name="mpo, sites ordered"))
-    found += [
-        recipe("mpo_modes", **size),
-        recipe("svd_llm", **size),
-        recipe("compactifai", **size, cores=3),
-        recipe("mpo", **size, cores=3),
+    """Truncated SVD and matrix product operators at ``16 * share`` bits a weight."""
+    size = BitsPerWeight(16 * share)
+    names = (
+        "svd_pooled",
+        "svd_fisher",
+        "mpo_pooled",
+        "mpo_modes",
+        "mpo",
+        "compactifai",
+        "svd",
+        "svd_llm",
+        "mpo_low_rank",
+    )
+    ordered = recipe("mpo_ordered", rank=size).candidates[1]  # without the choice, which would decompose twice
+    found = [
+        *(recipe(name, rank=size) for name in names),
+        recipe("blast", rank=size, blocks=8),
+        recipe("mpo", rank=size, cores=3),
+        recipe("compactifai", rank=size, cores=3),
+        replace(ordered, name="mpo, sites ordered"),
     ]
-    found.append(recipe("blast", **size, blocks=8))
     return [each for each in found if re.search(only, label(each))]
 
 
@@ -65,90 +65,6 @@ def label(each: Recipe) -> str:
     """Name of a row: the recipe, and its cores if it says how many."""
     cores = (each.options or {}).get("cores")
     return each.name if cores is None else f"{each.name}, {cores} cores"
-
-
-_WORK: dict[str, Any] = {}  # weights and statistics, inherited by the processes
-
-
-@dataclass(frozen=True)
-class _Job:
-    row: int
-    layer: str
-    recipe: Recipe
-
-
-Made = tuple[Any, dict[str, Any], dict[str, Any]]
-"""Specification, tensors and report of one layer; arrays, because tensors do not travel between processes."""
-
-
-def _decomposed(job: _Job) -> tuple[_Job, Made | str]:
-    torch.set_num_threads(1)
-    try:
-        return job, _layer(job)
-    except TNCError as error:  # blocks may not divide a small layer; the row is left out, and says so
-        return job, f"{job.layer}: {error}"
-
-
-def _layer(job: _Job) -> Made:
-    weight = _WORK["weights"][job.layer]
-    alone = nn.ModuleDict({"layer": nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)})
-    weight_of(alone["layer"]).data.copy_(weight)
-    compress(alone, job.recipe, stats={"layer": _WORK["stats"][job.layer]}, dtype=DTYPE, inplace=True)
-    made = alone["layer"]
-    assert isinstance(made, FactoredLinear) and made.report is not None
-    tensors = {name: tensor.detach().numpy() for name, tensor in made.operator.tensors().items()}
-    return made.operator.spec(), tensors, made.report
-
-
-def _spectrum(job: tuple[Recipe, str]) -> PooledLayer | PooledBonds:
-    torch.set_num_threads(1)
-    each, layer = job
-    return pooled_layer(each, _WORK["weights"][layer], _WORK["stats"][layer], DTYPE)
-
-
-def _of_layers(each: Recipe, pool: Any) -> dict[str, Recipe]:  # noqa: ANN401
-    """The recipe of every layer: the row's, or for a pooled one that of the rank it gets."""
-    layers = list(_WORK["weights"])
-    if each.pooled is None:
-        return dict.fromkeys(layers, each)
-    known = pool.map(_spectrum, [(each, layer) for layer in layers], chunksize=1)
-    ranks = pooled_ranks(dict(zip(layers, known, strict=True)), each.pooled.value).ranks
-    return {layer: at_rank(each, ranks[layer], DTYPE) for layer in layers}
-
-
-def decomposed(
-    todo: Mapping[int, Recipe], dense: nn.Module, jobs: int, backend: str
-) -> Iterator[tuple[int, nn.Module]]:
-    """The model of every row, in the order in which they become whole."""
-    layers = select_layers(dense)
-    made: dict[int, dict[str, Made]] = {number: {} for number in todo}
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        work = [
-            _Job(number, layer, its) for number, each in todo.items() for layer, its in _of_layers(each, pool).items()
-        ]
-        work.sort(key=lambda job: (job.row, -_WORK["weights"][job.layer].numel()))
-        for job, found in pool.imap_unordered(_decomposed, work):
-            if isinstance(found, str):
-                if made.pop(job.row, None) is not None:
-                    print(f"{label(todo[job.row])} left out: {found}", flush=True)
-                continue
-            if job.row not in made:
-                continue
-            made[job.row][job.layer] = found
-            if len(made[job.row]) == len(layers):
-                yield job.row, _assembled(dense, made.pop(job.row), backend)
-
-
-def _assembled(dense: nn.Module, made: Mapping[str, Made], backend: str) -> nn.Module:
-    small, device = copy.deepcopy(dense), next(dense.parameters()).device
-    for name, (spec, arrays, report) in made.items():
-        operator = from_spec(spec, {key: torch.from_numpy(array) for key, array in arrays.items()})
-        operator = map_tensors(operator, lambda t: t.to(device))
-        module = FactoredLinear.from_linear(small.get_submodule(name), operator, backend=backend)
-        module.report = report
-        parent, _, child = name.rpartition(".")
-        setattr(small.get_submodule(parent), child, module)
-    return small
 
 
 @dataclass(frozen=True)
@@ -219,10 +135,8 @@ def run(arguments: argparse.Namespace) -> None:
     todo = {number: each for number, each in enumerate(chosen) if label(each) not in have}
     if not todo:
         return
-    weights = {name: weight_of(layer).detach().cpu().clone() for name, layer in select_layers(dense).items()}
-    _WORK.update(weights=weights, stats=_statistics(arguments, dense, tokenizer))
-    training = _training(arguments, dense, tokenizer)
-    for number, small in decomposed(todo, dense, arguments.jobs, arguments.backend):
+    stats, training = _statistics(arguments, dense, tokenizer), _training(arguments, dense, tokenizer)
+    for number, small in decomposed(todo, dense, stats, jobs=arguments.jobs, backend=arguments.backend):
         if time.monotonic() > end:
             break
         found["rows"].append(row(chosen[number], small, training, windows))
