@@ -75,29 +75,31 @@ class _Linear:
 
     term: Expression
     name: str
-    rest: Tensor  # what terms of a sum inside a product add without this tensor: the constant part of an affine map
+    zero: Tensor  # for the tensor; requires a gradient
+    rest: Tensor  # the matrix there, with its graph: what terms of a sum inside a product add without the tensor
 
     @classmethod
     def of(cls, term: Expression, name: str) -> _Linear:
         while isinstance(term, Sum):  # the other terms of a sum do not move
             place, _, name = name.partition(".")
             term = term.terms[int(place)]
-        zero = torch.zeros_like(term.tensors()[name])
-        return cls(term, name, from_spec(term.spec(), {**term.tensors(), name: zero}).to_dense())
+        with torch.enable_grad():
+            zero = torch.zeros_like(term.tensors()[name], requires_grad=True)
+            return cls(term, name, zero, _with(term, name, zero).to_dense())
 
     def __call__(self, change: Tensor) -> Tensor:
         """``J change``."""
-        return self._dense(change) - self.rest
+        return _with(self.term, self.name, change).to_dense() - self.rest.detach()
 
     def adjoint(self, matrix: Tensor) -> Tensor:
-        """``Jᵀ matrix``."""
-        with torch.enable_grad():
-            variable = torch.zeros_like(self.term.tensors()[self.name], requires_grad=True)
-            (found,) = torch.autograd.grad(self._dense(variable), variable, matrix)
+        """``Jᵀ matrix``: the map is linear, so its graph at zero serves for every step."""
+        (found,) = torch.autograd.grad(self.rest, self.zero, matrix, retain_graph=True)
         return found
 
-    def _dense(self, value: Tensor) -> Tensor:
-        return from_spec(self.term.spec(), {**self.term.tensors(), self.name: value}).to_dense()
+
+def _with(term: Expression, name: str, value: Tensor) -> Expression:
+    """The term with another value of one tensor."""
+    return from_spec(term.spec(), {**term.tensors(), name: value})
 
 
 def _improved(term: Expression, name: str, left: _Left, metric: Metric, steps: int) -> Expression:
@@ -119,7 +121,7 @@ def _improved(term: Expression, name: str, left: _Left, metric: Metric, steps: i
         slope = J.adjoint(seen)
         before, size = size, float(slope.square().sum())
         direction = slope + size / before * direction
-    return from_spec(term.spec(), {**term.tensors(), name: term.tensors()[name] + total})
+    return _with(term, name, term.tensors()[name] + total)
 
 
 def _seen(metric: Metric, matrix: Tensor) -> Tensor:
