@@ -1,13 +1,15 @@
 """The best of several recipes, layer by layer, within the same bits."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from strategies_matrices import well_conditioned
 
-from tnc.decompose import BitsPerWeight, QuantizeStage, Recipe, decompose, recipe
+from tnc.decompose import BitsPerWeight, InputRotation, LowRankStage, QuantizeStage, Recipe, decompose, recipe
 from tnc.decompose.best import decompose_by, price
+from tnc.decompose.known_fits import KnownFits
+from tnc.decompose.stages import Fitted, Stage
 from tnc.errors import BudgetError, RecipeError
 from tnc.formats import IntFormat
 
@@ -79,3 +81,84 @@ def test_best_at_bits_needs_bits():
         recipe("best_at_bits", rank=4)
     with pytest.raises(RecipeError, match="below every base; ask for more than 2 bits"):
         recipe("best_at_bits", rank=BitsPerWeight(1.5))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A stage that notes every fit."""
+
+    stage: Stage
+    fits: list = field(compare=False)
+
+    def fit(self, target) -> Fitted:
+        self.fits.append(self.stage)
+        return self.stage.fit(target)
+
+
+@pytest.mark.parametrize("transforms", [(), (InputRotation(),)])
+def test_first_stages_that_candidates_have_in_common_are_fitted_once(transforms):
+    fits = []
+    base = Counted(QuantizeStage(IntFormat(3, 16), method="rtn"), fits)
+    stages = [(base, LowRankStage(4)), (base,), (base, LowRankStage(6)), (base, LowRankStage(4))]
+    trials = [Recipe(str(at), each, transforms=transforms) for at, each in enumerate(stages)]
+    best = decompose_by(PROBLEM.weight, of(*trials), PROBLEM.stats())
+    assert len(fits) == 1
+    alone = [decompose_by(PROBLEM.weight, trial, PROBLEM.stats()) for trial in trials]
+    assert price(best.report) == min(price(each.report) for each in alone)
+    assert torch.equal(best.operator.to_dense(), alone[2].operator.to_dense())
+
+
+def test_sweeps_after_the_first_fit_what_is_left_over():
+    fits = []
+    base = Counted(QuantizeStage(IntFormat(3, 16), method="rtn"), fits)
+    stages = (base, Counted(LowRankStage(4), fits))
+    known = KnownFits(PROBLEM.weight, PROBLEM.stats())
+    found = [
+        decompose_by(PROBLEM.weight, Recipe("mine", stages, sweeps=sweeps), known.stats, known=known).report
+        for sweeps in (1, 3)
+    ]
+    assert len(fits) >= 2 + 2  # a third sweep follows where the second gains enough
+    assert fits[:4] == [each.stage for each in (*stages, *stages)]
+    assert found[1].relative_error <= found[0].relative_error
+
+
+def test_a_stage_after_other_stages_is_fitted_anew():
+    factors = LowRankStage(4)
+    trials = [Recipe(m, (QuantizeStage(IntFormat(3, 16), method=m), factors)) for m in ("rtn", "gptq", "yaqa")]
+    known = KnownFits(PROBLEM.weight, PROBLEM.stats())
+    for trial in trials:
+        found = decompose_by(PROBLEM.weight, trial, known.stats, known=known)
+        alone = decompose_by(PROBLEM.weight, trial, known.stats)
+        assert torch.equal(found.operator.to_dense(), alone.operator.to_dense())
+
+
+def test_fits_in_another_basis_or_beside_other_bits_are_not_shared():
+    fits = []
+    base = Counted(QuantizeStage(IntFormat(3, 16), method="rtn"), fits)
+    of_bits = LowRankStage(BitsPerWeight(8))
+    trials = [
+        Recipe("plain", (base,)), Recipe("rotated", (base,), transforms=(InputRotation(),)),
+        Recipe("rotated by another seed", (base,), transforms=(InputRotation(seed=1),)),
+        Recipe("first", (of_bits, base)), Recipe("before more bits", (of_bits, QuantizeStage(IntFormat(5, 16)))),
+    ]  # fmt: skip
+    alone = [decompose_by(PROBLEM.weight, trial, PROBLEM.stats()).report.storage_bits for trial in trials]
+    fits.clear()
+    known = KnownFits(PROBLEM.weight, PROBLEM.stats())
+    found = [decompose_by(PROBLEM.weight, trial, known.stats, known=known).report.storage_bits for trial in trials]
+    assert len(fits) == 4
+    assert found == alone
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_candidates_that_are_not_refined_could_not_have_won(seed):
+    problem = well_conditioned(32, 48, seed, fisher=True)
+    trials = [
+        Recipe(f"{method} int{bits}", (QuantizeStage(IntFormat(bits, 16), method=method, refine=3),))
+        for bits, method in ((3, "yaqa"), (2, "yaqa"), (3, "gptq"), (3, "rtn"))
+    ]
+    best = decompose_by(problem.weight, of(*trials), problem.stats())
+    alone = [decompose_by(problem.weight, trial, problem.stats()) for trial in trials]
+    assert price(best.report) == min(price(each.report) for each in alone)
+    assert "yaqa int2" in best.report.choices[-1]
+    assert best.report.choices[-1].startswith("too far to be refined: ")
+    assert best.report.choices[-3].startswith("best of 4: ")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tnc.decompose.known_fits import KnownFits
 from tnc.decompose.report import LayerReport, measure
 from tnc.decompose.sizes import check_useful
 from tnc.decompose.stages import Fitted, LowRankStage, QuantizeStage, Stage, Target
-from tnc.decompose.transforms import Transform, Transformed, apply_transforms
+from tnc.decompose.transforms import Transform, Transformed
 from tnc.errors import RecipeError, check_matrix
 from tnc.metric import Metric
 from tnc.stats import LayerStats
@@ -36,7 +37,7 @@ class Decomposition:
 
 def decompose(
     weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None = None, *, sweeps: int = 1,
-    transforms: Sequence[Transform] = (),
+    transforms: Sequence[Transform] = (), known: KnownFits | None = None,
 ) -> Decomposition:  # fmt: skip
     """Factor ``weight`` into the sum of one term a stage.
 
@@ -49,6 +50,8 @@ def decompose(
             as stored are kept.
         transforms: changes of basis, the first outermost; the stages see the inner problem only
             (`tnc.decompose.transforms`).
+        known: of this weight and these statistics, from decompositions before: what they fitted is not fitted again,
+            and what is fitted here is added.
 
     Returns:
         The operator (a `Sum`, or the single term, wrapped by the transforms) and its report, measured on the
@@ -68,8 +71,10 @@ def decompose(
     if stats is not None:
         stats.check_weight(weight)
     start = time.perf_counter()
-    inner = apply_transforms(weight, transforms, stats)
-    fitted = _descend(inner, inner.weight.to(weight.dtype) if transforms else weight, stages, sweeps)
+    known = known or KnownFits(weight, stats)
+    assert known.weight is weight and known.stats is stats, "what is known is of this layer"
+    inner = known.inner(transforms)
+    fitted = _descend(inner, inner.weight.to(weight.dtype) if transforms else weight, stages, sweeps, known)
     operator = inner.wrap(fitted[0].term if len(fitted) == 1 else Sum(tuple(f.term for f in fitted)))
     report = measure(
         weight, operator, stats,
@@ -82,7 +87,9 @@ def decompose(
     return Decomposition(operator, report)
 
 
-def _descend(inner: Transformed, weight: Tensor, stages: Sequence[Stage], sweeps: int) -> list[Fitted]:
+def _descend(
+    inner: Transformed, weight: Tensor, stages: Sequence[Stage], sweeps: int, known: KnownFits
+) -> list[Fitted]:
     """The best iterate's terms; ``weight`` is the inner weight in the dtype of the layer's."""
     stats = inner.stats
     metric = Metric() if stats is None else Metric.auto(stats)
@@ -94,7 +101,8 @@ def _descend(inner: Transformed, weight: Tensor, stages: Sequence[Stage], sweeps
         for k, stage in enumerate(stages):
             residual = inner.weight - sum(values[i] for i in range(len(stages)) if i != k)
             spent = inner.storage_bits + bits_of_others(k, stages, current, (weight.shape[0], weight.shape[1]))
-            current[k] = found = stage.fit(Target(residual, weight, stats, spent, sweep))
+            target = Target(residual, weight, stats, spent, sweep)
+            current[k] = found = stage.fit(target) if sweep else known.fit(stages[: k + 1], target)
             values[k] = dense64(found.term)
             complete = [f for f in current if f is not None]
             if sweeps == 1 or len(complete) < len(stages):
