@@ -1,7 +1,7 @@
 """Planned against uniform, bits-only and rank-only models at equal bits, over several samples of the calibration text.
 
     python -m benchmarks.budgets MODEL --calib TEXT --text TEXT --seeds 0 1 2 --jobs 8 --out results/budgets.json
-    python -m benchmarks.budgets --table --out results/budgets.json
+    python -m benchmarks.budget_table results/budgets.json [MORE.json ...]
 
 One pass over the layers measures the curves of a sample (a seed of calibration windows and labels); all plans come from
 them, and the layers of a plan from the bases fitted for the curves. Rows are scored by the first process, written as
@@ -17,7 +17,6 @@ bits and two-sided refined int5, too, without factors; ``trellisN`` is one trell
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.planned_model import Start, parser, totals
-from benchmarks.results import mean_and_spread, read, write
+from benchmarks.results import read, write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, IntFormat, Plan, Portfolio
 from tnc.decompose import InputRotation, OutputRotation, QuantizeStage
@@ -42,7 +41,6 @@ def portfolio_of(ranks: Sequence[int], *, trellis: bool) -> Portfolio:
     extra = {f"int{bits}-g{group}": Base(QuantizeStage(IntFormat(bits, group_size=group)), compensated=False)
              for bits in (2, 3, 4) for group in (128, 32)}  # fmt: skip
     if trellis:
-        extra |= {name: replace(found.bases[name], compensated=False) for name in _TRELLISES}
         stage = QuantizeStage(IntFormat(5), method="yaqa", refine=3)
         extra["yaqa-int5"] = Base(stage, compensated=False, transforms=(InputRotation(), OutputRotation()))
     return replace(found, bases={**found.bases, **extra}, factor_ranks=tuple(ranks))
@@ -116,10 +114,16 @@ def uniform(table: CurveTable, choices: Mapping[str, Choice]) -> Plan:
     return replace(chosen, layers=layers)
 
 
+def subject(arguments: argparse.Namespace) -> str:
+    """What a table is of: the model, its experts where they are layers of their own, and the calibration text."""
+    text = (arguments.calib or arguments.stats).name.split(".")[0]
+    return f"{arguments.model.name}{' with its experts' if arguments.experts else ''}, {text}"
+
+
 def run(arguments: argparse.Namespace) -> None:
     """All rows that the file lacks, seed by seed."""
     end = time.monotonic() + arguments.seconds
-    start, name, found = Start.of(arguments), arguments.model.name, read(arguments.out)
+    start, name, found = Start.of(arguments), subject(arguments), read(arguments.out)
     found["machine"] = machine()
     found.setdefault("dense", {})[name] = evaluate(start.dense, start.windows).to_json()
     for seed in arguments.seeds:
@@ -133,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _run_seed(
     arguments: argparse.Namespace, start: Start, seed: int, have: set[tuple[str, float]], found: dict[str, Any]
 ) -> None:
-    name, begin = arguments.model.name, time.monotonic()
+    name, begin = subject(arguments), time.monotonic()
     stats = start.statistics(arguments, seed)
     with start.workshop(arguments, stats, portfolio_of(arguments.ranks, trellis=arguments.trellis)) as shop:
         print(f"{name} seed {seed}: statistics {time.monotonic() - begin:.0f} s", flush=True)
@@ -161,33 +165,8 @@ def _line(row: Mapping[str, Any]) -> str:
     ).format(**row)
 
 
-def table_of(found: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of Markdown tables, one a model: mean over seeds ± their standard deviation, by budget and KL."""
-    for model in dict.fromkeys(row["model"] for row in found["rows"]):
-        rows = [row for row in found["rows"] if row["model"] == model]
-        yield f"{model}, dense perplexity {found['dense'][model]['perplexity']:.3f}\n"
-        yield "| budget | plan | seeds | bits/weight | predicted nats | KL | Δloss | perplexity |"
-        yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-        groups: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
-        for row in rows:
-            groups.setdefault((row["budget"] or row["bits_per_weight"], row["kind"]), []).append(row)
-        for (budget, kind), each in sorted(groups.items(), key=lambda g: (g[0][0], -_mean(g[1], "kl"))):
-            figures = " | ".join(_figure(each, *key) for key in (("predicted_nats", 4), ("kl", 4), ("delta_nats", 4),
-                                                                 ("perplexity", 2)))  # fmt: skip
-            yield f"| {budget:.3g} | {kind} | {len(each)} | {_mean(each, 'bits_per_weight'):.3f} | {figures} |"
-        yield ""
-
-
-def _mean(rows: list[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(row[key] for row in rows)
-
-
-def _figure(rows: list[Mapping[str, Any]], key: str, digits: int) -> str:
-    return mean_and_spread([row[key] for row in rows], digits, "+" if key == "delta_nats" else "")
-
-
 def main() -> None:
-    """Parse the arguments; run, or print the table."""
+    """Parse the arguments and run."""
     own = parser(__doc__, out="results/budgets.json")
     own.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, 4.0])
     own.add_argument("--aims", type=float, nargs="*", default=[], help="budgets of planned models alone")
@@ -195,12 +174,7 @@ def main() -> None:
     own.add_argument("--trellis", action="store_true", help="two-sided trellises and integers, too")
     own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and labels")
     own.add_argument("--seconds", type=float, default=float("inf"), help="start no seed after this time")
-    own.add_argument("--table", action="store_true", help="print the table of --out")
-    arguments = own.parse_args()
-    if arguments.table:
-        print("\n".join(table_of(read(arguments.out))))
-    else:
-        run(arguments)
+    run(own.parse_args())
 
 
 if __name__ == "__main__":

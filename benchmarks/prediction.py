@@ -8,6 +8,8 @@ again. The scale is set without them, by two plans of the planner itself: those 
 quarter of it; it is the geometric mean of their ratios. Printed is the share of the random plans whose measured KL is
 within 15 % of the scaled prediction, and, to compare, the same for scales set by one or two of the random plans.
 
+Rows are written as they come, and not measured again when the command is repeated.
+
 ``--alone N`` measures every layer alone, and every block alone, of N of the plans, evenly spread over their ratios:
 what the sum over layers leaves out is within a layer, between the layers of a block, or between blocks.
 """
@@ -25,11 +27,12 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.planned_model import Start, parser
-from benchmarks.results import write
+from benchmarks.results import read, write
 from benchmarks.run import machine
 from benchmarks.workshop import Made
 from tnc import BitsPerWeight, Nats, Plan, Portfolio
 from tnc.errors import BudgetError
+from tnc.models.evaluate import Evaluation
 from tnc.planning import AllowedBases, CurveTable, Rules, plan_curves
 
 Floats = NDArray[np.float64]
@@ -104,51 +107,62 @@ def parts(start: Start, plan: Plan, made: Mapping[str, Made]) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draw, measure and summarise."""
-    start = Start.of(arguments)
+    """Draw, measure and summarise; what the file has is not measured again."""
+    start, found = Start.of(arguments), read(arguments.out)
     stats = start.statistics(arguments, arguments.seed)
     with start.workshop(arguments, stats, Portfolio.default()) as shop:
         table = shop.curves(start.model)
         own = [plan_curves(table, Nats(level * arguments.below)) for level in _LEVELS]
-        drawn = draw_plans(table, arguments.plans, arguments.below, arguments.seed)
-        plans = [*own, *drawn]
-        rows: dict[int, dict[str, float]] = {}
-        layers: dict[int, dict[str, Made]] = {}
-        for at, made in shop.made(plans):
+        plans = [*own, *draw_plans(table, arguments.plans, arguments.below, arguments.seed)]
+        have = {row["plan"] for row in found["rows"]}
+        todo = [at for at in range(len(plans)) if at not in have]
+        for done, made in shop.made([plans[at] for at in todo]):
             scores = start.scores({name: layer.matrix for name, layer in made.items()})
-            plan = plans[at]
-            rows[at] = {
-                "bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats or 0.0,
-                "relative": sum(layer.error**2 for layer in plan.layers.values()), "kl": scores.kl or 0.0,
-                "kl_error": scores.kl_error or 0.0,
-            }  # fmt: skip
-            layers[at] = made
+            found["rows"].append(row_of(todo[done], plans[todo[done]], scores))
+            write(arguments.out, found)
             line = "{bits_per_weight:7.3f} bits  predicted {predicted:.5f}  KL {kl:.5f} ± {kl_error:.5f}"
-            print(line.format(**rows[at]) + (", sets the scale" if at < len(own) else ""), flush=True)
-    ratios = np.array([rows[at]["kl"] / rows[at]["predicted"] for at in range(len(plans))])
-    random = [rows[at] for at in range(len(own), len(plans))]
-    found = summary(random, float(np.exp(np.log(ratios[: len(own)]).mean())))
-    order = len(own) + np.argsort(ratios[len(own) :])
-    apart = []
-    for at in order[np.linspace(0, len(order) - 1, arguments.alone).round().astype(int)] if arguments.alone else ():
-        apart.append(parts(start, plans[at], layers[at]))
-        line = "over the prediction: whole {whole:.3f}, layers {layers:.3f}, blocks {blocks:.3f}; layers from "
-        print((line + "{layer_from:.3f} to {layer_to:.3f}").format(**apart[-1]), flush=True)
-    return {"machine": machine(), "summary": found, "own": [rows[at] for at in range(len(own))], "rows": random,
-            "parts": apart}  # fmt: skip
+            print(line.format(**found["rows"][-1]) + (", sets the scale" if todo[done] < len(own) else ""), flush=True)
+        found |= {"machine": machine(), "summary": summarised(found["rows"])}
+        write(arguments.out, found)
+        for at in _spread_over_ratios(found["rows"], arguments.alone):
+            made = next(made for _, made in shop.made([plans[at]]))
+            found.setdefault("parts", []).append({"plan": at, **parts(start, plans[at], made)})
+            write(arguments.out, found)
+            line = "over the prediction: whole {whole:.3f}, layers {layers:.3f}, blocks {blocks:.3f}; layers from "
+            print((line + "{layer_from:.3f} to {layer_to:.3f}").format(**found["parts"][-1]), flush=True)
+    return found
+
+
+def row_of(at: int, plan: Plan, scores: Evaluation) -> dict[str, Any]:
+    """What is kept of a plan."""
+    return {
+        "plan": at, "bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats or 0.0,
+        "relative": sum(layer.error**2 for layer in plan.layers.values()), "kl": scores.kl or 0.0,
+        "kl_error": scores.kl_error or 0.0,
+    }  # fmt: skip
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`summary` of the random plans, by the scale of the planner's own."""
+    own = [row["kl"] / row["predicted"] for row in rows if row["plan"] < len(_LEVELS)]
+    return summary([row for row in rows if row["plan"] >= len(_LEVELS)], float(np.exp(np.log(own).mean())))
+
+
+def _spread_over_ratios(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
+    """Numbers of some random plans, from the one least above its prediction to the one most above it."""
+    random = sorted((row["kl"] / row["predicted"], row["plan"]) for row in rows if row["plan"] >= len(_LEVELS))
+    return [random[at][1] for at in np.linspace(0, len(random) - 1, count).round().astype(int)] if count else []
 
 
 def main() -> None:
-    """Parse the arguments, run, print, and write everything as JSON."""
+    """Parse the arguments, run and print."""
     own = parser(__doc__, out="results/prediction.json")
     own.add_argument("--plans", type=int, default=48)
     own.add_argument("--below", type=float, default=0.27, help="predicted nats of a plan at most")
     own.add_argument("--alone", type=int, default=0, help="plans whose layers and blocks are measured alone")
     own.add_argument("--seed", type=int, default=0)
     arguments = own.parse_args()
-    result = run(arguments)
-    print(json.dumps(result["summary"], indent=1))
-    write(arguments.out, result)
+    print(json.dumps(run(arguments)["summary"], indent=1))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """What the planner does with layers eight times as wide, where a rank costs an eighth of the bits a weight.
 
-    python -m benchmarks.wide_plan MODEL --calib TEXT [--stretch 8] [--layers "*.3.self_attn.*"] [--budgets 2.5 3 3.5]
+    python -m benchmarks.wide_plan MODEL --calib TEXT [--stretch 8] [--layers "*.3.self_attn.*"] [--budgets 2.5 3 3.5 4]
 
 Every chosen layer is planned as it is and stretched. The stretched one has random eigenvectors of H and G, their
 eigenvalues interpolated to the new width, and random entries over these eigenvectors whose mean energies along both are
 those of the real layer; G is scaled so that leaving the whole layer out costs the same nats. Printed is how alike the
-spectra of both are in ``G ⊗ H``, and the plans of both with what choosing bits alone would have cost.
+spectra of both are in ``G ⊗ H``, and the plans of both with what choosing bits alone would have cost. Curves are kept:
+layers can be measured by several runs, and be planned together by one more.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from benchmarks.planned_model import DTYPE, Start, parser
 from benchmarks.results import write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, LayerStats, Portfolio
-from tnc.planning import AllowedRanks, CurveTable, Rules, input_groups, measure_layers, plan_curves
+from tnc.planning import AllowedRanks, CurveTable, Rules, measure_curves, plan_curves
 
-COMPENSATED = ("none", "int4-g64", "int3-g64", "int2-g64")  # where low-rank terms are tried
+KINDS = ("as it is", "stretched")
 
 
 def stretched(weight: Tensor, stats: LayerStats, factor: int, seed: int) -> tuple[Tensor, LayerStats]:
@@ -77,19 +78,40 @@ def spectrum_shares(weight: Tensor, stats: LayerStats) -> list[float]:
     return [float(squares[: max(len(squares) // part, 1)].sum() / total) for part in (64, 16, 4)]
 
 
-def curves(weights: Mapping[str, Tensor], stats: Mapping[str, LayerStats], portfolio: Portfolio) -> CurveTable:
-    """The curves of some layers of a model."""
-    found = dict(measure_layers(weights, stats, portfolio, dtype=DTYPE))
-    groups = tuple(tuple(names) for names in input_groups(stats) if len(names) > 1)
-    return CurveTable({name: found[name] for name in weights}, portfolio, groups, 0, "float16", "")
+def measured(arguments: argparse.Namespace, weight: Tensor, stats: LayerStats, at: int, kept: Path) -> CurveTable:
+    """Curves of a layer as it is and stretched, named by `KINDS`; from their file if it is there."""
+    asked = f"{arguments.model.name} {arguments.stretch} {arguments.seed} {arguments.ranks} {arguments.groups}"
+    if kept.exists():
+        return CurveTable.load(kept, fingerprint=asked)
+    portfolio, layers = portfolio_of(arguments), {}
+    weight = weight.to(arguments.device)
+    assert stats.gradient is not None, "as above"
+    moments = (each.to(arguments.device) for each in (stats.hessian, stats.gradient.second))
+    real = weight, LayerStats.from_hessian(*moments, tokens=stats.tokens)
+    for kind, given in zip(KINDS, (real, stretched(*real, arguments.stretch, arguments.seed + at)), strict=True):
+        shares = " ".join(f"{share:.3f}" for share in spectrum_shares(*given))
+        note = f"{tuple(given[0].shape)}: the first 1/64, 1/16 and 1/4 of the spectrum have {shares} of the nats"
+        layers[kind] = replace(measure_curves(*given, portfolio, dtype=DTYPE), notes=(note,))
+        print(f"{kept.stem} {note}", flush=True)
+    found = CurveTable(layers, portfolio, (), 0, "float16", asked)
+    found.save(kept)
+    return found
+
+
+def portfolio_of(arguments: argparse.Namespace) -> Portfolio:
+    """The default one with factors of 16 and 4 bits, low rank on the integers of one group size alone."""
+    found = Portfolio.default(group_sizes=(*arguments.groups, None), factor_bits=(16, 4), shared=False)
+    compensated = {"none", *(f"int{bits}-g{arguments.groups[0]}" for bits in (4, 3, 2))}
+    bases = {name: replace(base, compensated=name in compensated) for name, base in found.bases.items()}
+    return replace(found, bases=bases, factor_ranks=tuple(arguments.ranks))
 
 
 def plans(table: CurveTable, budgets: list[float]) -> list[dict[str, Any]]:
     """Nats and choices of the planned layers, and nats of choosing bits alone."""
     rows = []
     for budget in budgets:
-        found = plan_curves(table, BitsPerWeight(budget), Rules(exact=True))  # few layers: hulls leave a gap
-        plain = plan_curves(table, BitsPerWeight(budget), Rules(constraints=(AllowedRanks(()),), exact=True))
+        found = plan_curves(table, BitsPerWeight(budget))
+        plain = plan_curves(table, BitsPerWeight(budget), Rules(constraints=(AllowedRanks(()),)))
         rows.append({
             "budget": budget, "bits_per_weight": found.bits_per_weight, "nats": found.predicted_nats,
             "bits_only_nats": plain.predicted_nats,
@@ -103,34 +125,33 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Stretch, measure, plan and print."""
     start = Start.of(arguments)
     every = start.statistics(arguments, arguments.seed)
-    weights = {name: weight.float() for name, weight in start.weights.items()
-               if any(fnmatchcase(name, pattern) for pattern in arguments.layers)}  # fmt: skip
-    narrow = {name: every[name] for name in weights}
-    made = {}
-    for at, (name, weight) in enumerate(weights.items()):
-        given = LayerStats.from_hessian(
-            narrow[name].hessian.to(arguments.device), narrow[name].gradient.second.to(arguments.device),
-            tokens=narrow[name].tokens,
-        )  # fmt: skip
-        made[name] = stretched(weight.to(arguments.device), given, arguments.stretch, arguments.seed + at)
-        shares = spectrum_shares(weight, narrow[name]), spectrum_shares(*made[name])
-        print(name, tuple(weight.shape), "first 1/64, 1/16, 1/4 of the spectrum:",
-              *(" ".join(f"{share:.3f}" for share in each) for each in shares), flush=True)  # fmt: skip
-    portfolio = Portfolio.default(group_sizes=(64, None), factor_bits=(16, 4), shared=False)
-    bases = {n: replace(base, compensated=n in COMPENSATED) for n, base in portfolio.bases.items()}
-    portfolio = replace(portfolio, bases=bases, factor_ranks=tuple(arguments.ranks))
+    names = [n for n in start.weights if any(fnmatchcase(n, pattern) for pattern in arguments.layers)]
+    arguments.kept.mkdir(parents=True, exist_ok=True)
+    tables = {
+        name: measured(arguments, start.weights[name].float(), every[name], list(start.weights).index(name),
+                       arguments.kept / f"{name}.safetensors")
+        for name in names
+    }  # fmt: skip
     result: dict[str, Any] = {"machine": machine(), "stretch": arguments.stretch}
-    wide_weights = {name: weight for name, (weight, _) in made.items()}
-    wide_stats = {name: stats for name, (_, stats) in made.items()}
-    for kind, table in (("as it is", curves(weights, narrow, portfolio)),
-                        ("stretched", curves(wide_weights, wide_stats, portfolio))):  # fmt: skip
-        result[kind] = plans(table, arguments.budgets)
+    for kind in KINDS:
+        layers = {name: table.layers[kind] for name, table in tables.items()}
+        result[kind] = plans(CurveTable(layers, portfolio_of(arguments), (), 0, "float16", ""), arguments.budgets)
+        result[f"{kind}, notes"] = {name: layer.notes for name, layer in layers.items()}
         for row in result[kind]:
             print("{0}: {budget:g} bits, {bits_per_weight:.3f} stored, {nats:.5f} nats, by bits alone "
                   "{bits_only_nats:.5f}".format(kind, **row), flush=True)  # fmt: skip
-            for choice, count in Counter(row["choices"].values()).most_common():
-                print(f"    {count} x {choice}")
+    write(arguments.out, result)
+    print("\n".join(side_by_side(result)))
     return result
+
+
+def side_by_side(result: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a Markdown table: budget and layer, the choice for the real layer and for the stretched one."""
+    yield "| budget | layer | as it is | stretched |"
+    yield "| --- | --- | --- | --- |"
+    for now, wide in zip(result["as it is"], result["stretched"], strict=True):
+        for name, choice in now["choices"].items():
+            yield f"| {now['budget']:g} | {name.split('.')[-1]} | {choice} | {wide['choices'][name]} |"
 
 
 def main() -> None:
@@ -138,12 +159,12 @@ def main() -> None:
     own = parser(__doc__, out="results/wide_plan.json")
     own.add_argument("--layers", nargs="+", default=["*.3.self_attn.*"], help="patterns of layer names")
     own.add_argument("--stretch", type=int, default=8)
-    own.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5])
-    own.add_argument("--ranks", type=int, nargs="+", default=[32, 64, 128], help="of rounded factors")
+    own.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, 4.0])
+    own.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="of rounded factors")
+    own.add_argument("--groups", type=int, nargs="+", default=[64], help="group sizes; low rank is tried on the first")
+    own.add_argument("--kept", type=Path, default=Path("results/wide_curves"), help="folder that keeps the curves")
     own.add_argument("--seed", type=int, default=0)
-    arguments = own.parse_args()
-    result = run(arguments)
-    write(arguments.out, result)
+    run(own.parse_args())
 
 
 if __name__ == "__main__":

@@ -87,6 +87,23 @@ def test_bits_budget_against_every_plan():
         assert all(layer.why for layer in plan.layers.values())
 
 
+def test_few_layers_are_planned_to_the_optimum_unasked(monkeypatch):
+    """The greedy choice is seen where no number of layers is few."""
+    greedy = 0
+    for seed, nats, layers in itertools.product(range(8), (1e-4, 3e-4, 1e-3), (2, 4, 8)):
+        curves, budget = table(seed, layers), Nats(nats * layers / 4)
+        found, exact = plan_curves(curves, budget), plan_curves(curves, budget, Rules(exact=True))
+        assert found.value == exact.value
+        assert found.lower_bound == pytest.approx(found.value, rel=1e-6)
+        with monkeypatch.context() as patch:
+            patch.setattr("tnc.planning.solve.FEW_LAYERS", 0)
+            plain = plan_curves(curves, budget)
+        assert plain.lower_bound <= found.lower_bound * (1 + 1e-12)
+        assert plain.value >= found.value
+        greedy += plain.value > found.value
+    assert greedy > 0
+
+
 def test_error_budget_is_the_same_curve_read_the_other_way():
     curves = table(1)
     for nats in (1e-4, 1e-3, 5e-3):

@@ -158,7 +158,7 @@ def plan(
     served_ranks: Annotated[bool, typer.Option("--served-ranks", help="Only ranks that serving stacks have.")] = False,
     table: Annotated[Path | None, typer.Option(help="Latency table of tnc bench --table.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens a call, for latency= and speedup=.")] = 1,
-    exact: Annotated[bool, typer.Option("--exact", help="Close the gap with HiGHS.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Close the gap however many layers there are.")] = False,
     sequences: Sequences = 128,
     context: Context = None,
     fisher: Fisher = True,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +17,9 @@ from scipy.sparse import csr_matrix, hstack, vstack
 from tnc.errors import BudgetError
 from tnc.planning.allocate import Allocation, Floats, Integers, Menu
 
-_SLACK = 1e-6  # HiGHS meets a row of scale 1 to this; a limit that it overruns is tightened by twice that
+_SLACK = 1e-6  # HiGHS meets a row to this; a limit that it overruns is tightened by twice that
 _ATTEMPTS = 4
-_LEAST_LIMIT = 1e-9  # of the largest usage: a row is in units of its limit, and HiGHS refuses coefficients above 1e15
+_LARGEST = 100.0  # coefficient of a limit's row: at 1 many solutions overrun it, far above HiGHS mends some of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +81,28 @@ def _solve(cost: Floats, limits: Sequence[Limit], slack: Floats, structure: Line
     padded = np.concatenate([cost, np.zeros(columns - len(cost))])
     rows = [structure]
     for each, tightened in zip(limits, slack, strict=True):
-        scale = max(abs(each.value), _LEAST_LIMIT * float(np.abs(each.usage).max())) or 1.0
+        scale = float(np.abs(each.usage).max()) / _LARGEST or 1.0
         usage = np.concatenate([each.usage / scale, np.zeros(columns - len(cost))])
         rows.append(LinearConstraint(csr_matrix(usage[None]), -np.inf, each.value / scale - tightened))
     options = {"time_limit": seconds, "mip_rel_gap": 0.0}
-    return milp(padded, constraints=rows, integrality=np.ones(columns), bounds=Bounds(0, 1), options=options)
+    with _prints_on_stderr():
+        return milp(padded, constraints=rows, integrality=np.ones(columns), bounds=Bounds(0, 1), options=options)
+
+
+@contextmanager
+def _prints_on_stderr() -> Iterator[None]:
+    """HiGHS 1.12 prints a line wherever it mends a solution, whatever it was asked; stdout may be a file of JSON."""
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        flush(None)  # what C has buffered
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _chosen(menu: Menu, x: Floats) -> Integers:

@@ -12,6 +12,7 @@ from tnc.decompose import BitsPerWeight, RelativeError
 from tnc.errors import BudgetError
 from tnc.planning.allocate import Allocation, Floats, Front, Integers, Menu, front
 from tnc.planning.budget import Budget, Bytes, Latency, Nats, PerplexityIncrease, Speedup, bits_within, describe_budget
+from tnc.planning.close_gap import close_gap
 from tnc.planning.constraints import Constraint, LargestError, allowed_options
 from tnc.planning.curve_table import CurveTable
 from tnc.planning.curves import Option
@@ -19,6 +20,12 @@ from tnc.planning.exact import Limit, allocate_exactly
 from tnc.planning.fuse import fuse, spend_rest_agreeing
 from tnc.planning.latency import LatencyTable
 from tnc.planning.plan import LayerPlan, Plan
+
+FEW_LAYERS = 256
+"""Up to as many the gap of a plan is closed without being asked."""
+
+QUICK = 1.0
+"""Seconds that this may take; what is proven until then is in the certificate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +51,9 @@ class Rules:
         weights: multiples of the predicted nats by layer name: 1 where absent. Routed experts need none, their G
             counts how often the router chooses them.
         clock: for latency and speedup budgets.
-        exact: close the gap with HiGHS.
-        seconds: that HiGHS may take.
+        exact: close the gap however many layers there are; up to `FEW_LAYERS` it is closed anyway, within `QUICK`
+            seconds.
+        seconds: that HiGHS may take where ``exact``, or several limits, ask for it.
     """
 
     constraints: tuple[Constraint, ...] = ()
@@ -123,11 +131,14 @@ class Problem:
         usage = limits[0].usage if len(limits) == 1 else np.zeros_like(cost)
         value = limits[0].value if len(limits) == 1 else 0.0
         menu = Menu(self.first, cost, usage)
-        if len(limits) > 1 or self.rules.exact:
-            group, scheme = self._agreement or (None, None)
+        group, scheme = self._agreement or (None, None)
+        if len(limits) > 1:
             found = allocate_exactly(menu, limits, group=group, scheme=scheme, seconds=self.rules.seconds)
         else:
             found = self._lagrangian(menu, value)
+            if self.rules.exact or menu.units <= FEW_LAYERS:
+                seconds = self.rules.seconds if self.rules.exact else min(QUICK, self.rules.seconds)
+                found = close_gap(menu, value, found, group=group, scheme=scheme, seconds=seconds)
         return self._plan(menu, found, "bits" if least_bits else self.objective)
 
     def front(self) -> Front:
