@@ -124,12 +124,6 @@ def test_a_captured_graph_follows_the_routing():
         assert torch.equal(y, whole())
 
 
-def test_small_under_the_sanitizer():
-    _, stacked = several(3, 70, 256, 4, (9, 0))
-    x, index = drawn(5, 3, 256, 1)
-    assert answer(stacked, x, index).isfinite().all()
-
-
 def block():
     """Experts of a compressed Mixtral block in bfloat16 on the GPU, and the model."""
     torch.manual_seed(0)
