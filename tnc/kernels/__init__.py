@@ -7,7 +7,7 @@ from tnc.kernels.einsum import Plan, plan
 from tnc.kernels.table import Bound, Candidate, Kernel, Repacking, Tensors, Timed, backends, choose, register_kernel
 
 if find_spec("triton") is not None:  # the optional rows of the table
-    from tnc.kernels import experts_group, hadamard, low_rank, mpo2, mpo3, qlr, trellis, tuning_problems  # noqa: F401
+    from tnc.kernels import chain, experts_group, hadamard, low_rank, mpo2, mpo3, qlr, trellis, tuning_problems  # noqa: F401
 
 __all__ = [
     "Bound",
