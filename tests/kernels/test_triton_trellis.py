@@ -42,7 +42,7 @@ def test_fixes_make_the_states_of_the_words_right_and_codes_come_back(data):
             found[where] += fix >> (16 + unit.bit_length() - 1)
     torch.testing.assert_close(found, levels, rtol=0, atol=1e-3)
     counts = packed["firsts"][0].diff()
-    assert torch.equal(packed["firsts"][1].diff(), -(-counts // trellis_fixes.EACH))
+    assert torch.equal(packed["firsts"][1].diff(), -(-counts // trellis_fixes.EACH))  # none has more than `MOST`
     assert torch.equal(packed["items"].bincount(minlength=layout.words.units), packed["firsts"][1].diff())
 
 
@@ -62,13 +62,27 @@ def test_tiles(bits, tokens, rows, columns, rank):
     check(row, trellis(rows, columns, bits, rank=rank), inputs(tokens, columns, torch.float16))
 
 
+@pytest.mark.parametrize("most", [2, 32])
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 20, 140), (5, 300, 45), (33, 300, 45)])
-def test_units_with_several_items_of_fixes(tokens, rows, columns, monkeypatch):
+def test_units_with_several_items_of_fixes(tokens, rows, columns, most, monkeypatch):
     monkeypatch.setattr(trellis_fixes, "EACH", 16)
+    monkeypatch.setattr(trellis_fixes, "MOST", most)
     monkeypatch.setattr(trellis_launch, "EACH", 16)
     case = trellis(rows, columns, 2)
-    assert int(row.bind(case.operator).pack(case.operator.tensors())["firsts"][1].diff().max()) > 1
+    firsts = row.bind(case.operator).pack(case.operator.tensors())["firsts"]
+    assert 1 < int(firsts[1].diff().max()) <= most and (most > 2 or int(firsts[0].diff().max()) > 32)
     check(row, case, inputs(tokens, columns, torch.float16))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 32])
+def test_items_hold_all_fixes_and_none_is_empty(most, monkeypatch):
+    monkeypatch.setattr(trellis_fixes, "MOST", most)
+    each, fixes = trellis_fixes.EACH, torch.arange(0, 40 * trellis_fixes.EACH)
+    items = trellis_fixes.items_of(fixes)
+    share = torch.ceil(fixes / items.clamp_min(1))
+    size = torch.ceil(share / each) * each  # as the device code finds it
+    assert (items <= most).all() and torch.equal(items == 0, fixes == 0)
+    assert (items * size >= fixes).all() and ((items - 1) * size < fixes)[1:].all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

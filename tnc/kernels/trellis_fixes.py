@@ -4,8 +4,8 @@ The words of `TrellisWords` lie one unit after another, behind one row of words 
 those of sequences that begin in the first row of the matrix, at their ends. The other sequences begin among the words
 of others; there the first states are not those that the words show. A *fix* names such an entry, and by how much its
 level, a whole number, is more than that of the words: ``difference << (16 + b) | row << 16 | column``, the row in its
-unit of ``2**b`` rows, those of a unit together. An *item* is at most `EACH` of them, of one unit: the share of one
-program, for some units have many times as many as others.
+unit of ``2**b`` rows, those of a unit together. An *item* is the share of one program, of one unit: `EACH` of them, or
+a multiple of that where a unit has so many that it would have more than `MOST` items.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 
 from tnc.kernels.trellis_words import PLANES, TrellisWords
 
-EACH = 256  # fixes of an item
+EACH = 256  # fixes that a program takes at a time
+MOST = 32  # items of a unit
 TAIL = 160  # words after the last that a load may touch: 128 lines and a unit's rows
 
 
@@ -44,7 +45,7 @@ class Stream:
         fixes = difference << (16 + self._row_bits) | within << 16 | column
         order = torch.argsort(unit, stable=True)
         counts = torch.bincount(unit, minlength=words.units)
-        shares = (counts + EACH - 1) // EACH
+        shares = items_of(counts)
         firsts = pad(torch.stack([counts.cumsum(0), shares.cumsum(0)]), (1, 0))
         items = torch.repeat_interleave(torch.arange(words.units, device=codes.device), shares)
         found = {"stream": stream, "fixes": fixes[order], "items": items, "firsts": firsts}
@@ -86,6 +87,12 @@ class Stream:
         above = line - words.lines + torch.where(plane == 0, words.skew * words.unit, 0)
         low, high = (stream[place].to(torch.int64) & 0xFFFFFFFF for place in (line, above))
         return (high << 32 | low) >> shift & ((1 << words.format.state_bits) - 1)
+
+
+def items_of(fixes: Tensor) -> Tensor:
+    """How many items the fixes of a unit make."""
+    size = ((fixes + MOST * EACH - 1) // (MOST * EACH)).clamp_min(1) * EACH
+    return (fixes + size - 1) // size
 
 
 def _total(state: Tensor) -> Tensor:

@@ -74,8 +74,13 @@ def number(x, column, K: tl.constexpr):
 def item_of(items, firsts, item, UNITS: tl.constexpr, EACH: tl.constexpr):
     """Unit of an item of fixes, its first fix, and the one after its last."""
     unit = tl.load(items + item)
-    begin = tl.load(firsts + unit) + EACH * (item - tl.load(firsts + (UNITS + 1) + unit))
-    return unit, begin, tl.minimum(begin + EACH, tl.load(firsts + unit + 1))
+    first = tl.load(firsts + unit)
+    end = tl.load(firsts + unit + 1)
+    number = tl.load(firsts + (UNITS + 1) + unit)
+    count = tl.load(firsts + (UNITS + 1) + unit + 1) - number
+    size = tl.cdiv(tl.cdiv(end - first, count), EACH) * EACH
+    begin = first + size * (item - number)
+    return unit, begin, tl.minimum(begin + size, end)
 
 
 @triton.jit
@@ -140,17 +145,17 @@ def units(x, stream, unit, split, y0, y1, M: tl.constexpr, K: tl.constexpr, LINE
 def fixed(x, fixes, begin, last, y0, y1, M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, EACH: tl.constexpr):
     """``y0`` and ``y1`` (R,) plus what an item of fixes adds for one or two tokens."""
     rows = tl.arange(0, R)
-    each = begin + tl.arange(0, EACH)
-    which, column, difference = fix_of(fixes, each, last, R)
-    column = tl.where(each < last, column, K)
-    a0 = difference * number(x, column, K)
-    a1 = a0
-    if M == 2:
-        a1 = difference * number(x + K, column, K)
-    for r in tl.static_range(R):
-        y0 += tl.where(rows == r, tl.sum(tl.where(which == r, a0, 0.0), 0), 0.0)
+    for at in tl.range(begin, last, EACH):
+        which, column, difference = fix_of(fixes, at + tl.arange(0, EACH), last, R)
+        column = tl.where(at + tl.arange(0, EACH) < last, column, K)
+        a0 = difference * number(x, column, K)
+        a1 = a0
         if M == 2:
-            y1 += tl.where(rows == r, tl.sum(tl.where(which == r, a1, 0.0), 0), 0.0)
+            a1 = difference * number(x + K, column, K)
+        for r in tl.static_range(R):
+            y0 += tl.where(rows == r, tl.sum(tl.where(which == r, a0, 0.0), 0), 0.0)
+            if M == 2:
+                y1 += tl.where(rows == r, tl.sum(tl.where(which == r, a1, 0.0), 0), 0.0)
     return y0, y1
 
 

@@ -110,17 +110,19 @@ def tile(x: Tensor, coded: Coded) -> Tensor:
     padded = math.ceil(rank / ranks) * ranks if rank else ranks
     chunks = min(config["chunks"], math.ceil(columns / 64))
     producers = padded // ranks * chunks if rank else 0
-    y = x.new_empty(tokens, rows)
+    turns = math.ceil(columns / 256) if items else 0
+    blocks = math.ceil(coded.units / config["units"])
+    y, turned = x.new_empty(tokens, rows), x.new_empty(columns, block)
     t = x.new_empty(block, padded)
     parts = torch.empty(chunks * block * padded, dtype=torch.float32, device=x.device)
-    programs = items + coded.units * splits
-    slab = torch.empty(programs * block * coded.unit, dtype=torch.float32, device=x.device)
+    slots = items + blocks * splits * config["units"]
+    slab = torch.empty(slots * block * coded.unit, dtype=torch.float32, device=x.device)
     pdl = overlaps(x.device)
-    trellis_tile[(producers + programs,)](
-        x, x.T.contiguous(), coded.stream, *coded.fixed, coded.steps, coded.left, coded.right, t, parts, slab,
-        counters(x.device).take(2 + producers + coded.units), y, tokens, rows, max(rank, 1), items, block, columns,
+    trellis_tile[(turns + producers + items + blocks * splits,)](
+        x, turned, coded.stream, *coded.fixed, coded.steps, coded.left, coded.right, t, parts, slab,
+        counters(x.device).take(4 + producers + blocks), y, tokens, rows, max(rank, 1), items, turns, block, columns,
         coded.lines, coded.bits, coded.state_bits, padded, ranks, chunks, producers, config["across"], splits, steps,
-        config["stages"], EACH, coded.units, INTERPRETED, not INTERPRETED, pdl, num_warps=config["warps"],
+        config["units"], EACH, coded.units, INTERPRETED, not INTERPRETED, pdl, num_warps=config["warps"],
         **early(pdl),
     )  # fmt: skip
     return y
