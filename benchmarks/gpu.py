@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from torch.nn.functional import linear
 from benchmarks.gpu_clock import cold_microseconds, gpu, nan_filled
 from benchmarks.gpu_decoder import decoders
 from benchmarks.results import write
-from tnc.formats import TrellisFormat
+from tnc.formats import IntFormat, TrellisFormat, number_format
+from tnc.kernels import Repacking, choose
 from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels import mpo as mpo_row
 from tnc.kernels import mpo2 as mpo2_row
 from tnc.kernels import mpo3 as mpo3_row
+from tnc.kernels import qlr as qlr_row
 from tnc.kernels.qlr_launch import Packed
 from tnc.kernels.qlr_ops import dense, run
 from tnc.kernels.trellis_launch import Coded
@@ -35,7 +38,8 @@ from tnc.kernels.trellis_ops import dense as dense_trellis
 from tnc.kernels.trellis_ops import run as run_trellis
 from tnc.kernels.trellis_ops import stream_of
 from tnc.kernels.words import group_words, unit_of
-from tnc.terms import Mpo
+from tnc.quant import rtn
+from tnc.terms import Chain, Expression, LowRank, Mpo, Sum, dense64
 
 BRAIN = torch.bfloat16
 TOTAL = 300e6  # bytes of all weight sets
@@ -70,6 +74,11 @@ def packed(rows: int, columns: int, bits: int, rank: int) -> Packed:
     return Packed(low, high, group_words(scale, zero), left, right, bits, 128, "brain")
 
 
+def again(each: Any, *names: str) -> Any:  # noqa: ANN401
+    """The same numbers with these tensors elsewhere in memory."""
+    return replace(each, **{name: getattr(each, name).clone() for name in names})
+
+
 def count(size: float, tokens: int) -> int:
     """Weight sets that make `TOTAL` bytes."""
     return max(3, min(64 if tokens <= 16 else 16, int(TOTAL / size)))
@@ -92,6 +101,58 @@ def reported(rows: Iterable[Row], width: int = 34) -> Iterator[dict[str, Any]]:
         shown = "no time: wrong" if time is None else f"{time:9.2f} us"
         print(f"{row.kernel:<{width}}{row.shape:<14}{row.tokens:>5} {shown}  error {wrong:.1e}", flush=True)
         yield {"kernel": row.kernel, "shape": row.shape, "tokens": row.tokens, "error": wrong, "us": time}
+
+
+def table_rows() -> Iterator[Row]:
+    """Tables of levels and other formats, with factors of rank 64; names say the columns of a scale."""
+    formats = {"nf4 g64": number_format("nf4", group_size=64), "fp4 g64": number_format("fp4", group_size=64),
+               "nf3 g64": number_format("nf3", group_size=64), "mxfp4 g32": number_format("mxfp4"),
+               "nvfp4 g16": number_format("nvfp4"), "int5 g128": IntFormat(5, group_size=128)}  # fmt: skip
+    for n, k in SHAPES:
+        for name, format in formats.items():
+            term = Sum(
+                (
+                    rtn(normal(n, k, scale=k**-0.5), format),
+                    LowRank(normal(n, 64, scale=0.05), normal(64, k, scale=0.05)),
+                )
+            )
+            bound = qlr_row.bind(term)
+            first, weight = bound.packed(bound.pack(term.tensors())), dense64(term)
+            sets = [first, *(again(first, "low", "high", "groups") for _ in range(count(n * k * 4.5 / 8, 1) - 1))]
+            for tokens in (1, 16):
+                x = normal(tokens, k)
+                launch = lambda s, x=x: run(x, s)  # noqa: E731
+                yield Row(f"{name} + rank 64", f"{k}->{n}", tokens, sets, launch, x.double() @ weight.T)
+            del sets, weight
+
+
+def chain_rows() -> Iterator[Row]:
+    """Operators of int8 cores, by the row that the table chooses and by einsum, which rebuilds the cores."""
+    bonds = {
+        "2 cores of bond 64": ((64, 64), (64, 64), (1, 64, 1)),
+        "3 cores of bond 32": ((16,) * 3, (16,) * 3, (1, 32, 32, 1)),
+    }
+    for name, (outs, ins, ranks) in bonds.items():
+        chains = []
+        for _ in range(64):
+            sizes = [(ranks[k] * outs[k], ins[k] * ranks[k + 1]) for k in range(len(outs))]
+            terms = [rtn(normal(a, b, scale=ins[k] ** -0.5 * ranks[k + 1] ** -0.5), IntFormat(8, 16, pad=True))
+                     for k, (a, b) in enumerate(sizes)]  # fmt: skip
+            chains.append(Chain(tuple(terms), ranks, outs, ins))
+        weight = dense64(chains[0])
+        for backend in ("auto", "einsum"):
+            sets = [bound_to(each, backend) for each in chains]
+            for tokens in (1, 16):
+                x = normal(tokens, weight.shape[1])
+                shown = f"int8 {name}" + ("" if backend == "auto" else f", {backend}")
+                yield Row(shown, "4096->4096", tokens, sets, lambda s, x=x: s(x), x.double() @ weight.T)
+
+
+def bound_to(operator: Expression, backend: str) -> Callable[[Tensor], Tensor]:
+    """An operator by a kernel of the table, with the tensors as that holds them."""
+    kernel, _ = choose(operator, torch.device("cuda", 0), BRAIN, backend=backend)
+    tensors = kernel.pack(operator.tensors()) if isinstance(kernel, Repacking) else operator.tensors()
+    return lambda x: kernel(x, tensors)
 
 
 def dense_rows() -> list[Row]:
@@ -219,19 +280,19 @@ def coded(rows: int, columns: int, bits: int, rank: int) -> Coded:
     return Coded(*words, steps, left, right, bits, format.state_bits, format.length)
 
 
-def another(each: Coded) -> Coded:
-    """The same numbers elsewhere in memory."""
-    tensors = {name: getattr(each, name).clone() for name in ("stream", "items", "fixes", "left", "right")}
-    return replace(each, **tensors)
-
-
 def trellis_rows() -> list[Row]:
     """Weights coded on a trellis, alone and with factors."""
     rows = []
     for n, k in (*SHAPES, (4096, 14336)):
         for bits, rank, many in ((2, 0, (1, 2, 16, 32, 64)), (2, 64, (1, 16)), (3, 0, (1, 16)), (4, 0, (1, 16))):
             first = coded(n, k, bits, rank)
-            sets = [first, *(another(first) for _ in range(count(n * k * bits / 8, 1) - 1))]
+            sets = [
+                first,
+                *(
+                    again(first, "stream", "items", "fixes", "left", "right")
+                    for _ in range(count(n * k * bits / 8, 1) - 1)
+                ),
+            ]
             weight = dense_trellis(first, torch.float64) + first.left.double() @ first.right.double()
             for tokens in many:
                 x = normal(tokens, k)
@@ -241,9 +302,28 @@ def trellis_rows() -> list[Row]:
     return rows
 
 
-GROUPS = {
-    "dense": dense_rows, "trellis": trellis_rows, "qlr": qlr_rows, "unfused": unfused_rows, "low_rank": low_rank_rows,
-    "mpo": mpo_rows, "mpo3": mpo3_rows,
+def decoder_rows() -> Iterator[dict[str, Any]]:
+    """Whole decoders, printed."""
+    for row in decoders():
+        shown = (
+            "no time: wrong" if row["ms"] is None else f"{row['ms']:7.3f} ms {row['tokens_per_second']:7.1f} tokens/s"
+        )
+        print(f"{row['decoder']:<40}{row['glue']:<34}{shown}  error {row['error']}", flush=True)
+        yield row
+
+
+def timed(make: Callable[[], Iterable[Row]]) -> Iterator[dict[str, Any]]:
+    """The rows of a group, and their memory freed."""
+    yield from reported(make())
+    torch.cuda.empty_cache()
+
+
+_TIMED: dict[str, Callable[[], Iterable[Row]]] = {
+    "dense": dense_rows, "qlr": qlr_rows, "tables": table_rows, "unfused": unfused_rows, "low_rank": low_rank_rows,
+    "mpo": mpo_rows, "mpo3": mpo3_rows, "chain": chain_rows, "trellis": trellis_rows,
+}  # fmt: skip
+GROUPS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "decoder": decoder_rows, **{name: partial(timed, make) for name, make in _TIMED.items()}
 }  # fmt: skip
 
 
@@ -251,21 +331,20 @@ def main() -> None:
     """Run, print and store every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
-    parser.add_argument("--only", nargs="*", choices=[*GROUPS, "decoder"], default=[*GROUPS, "decoder"])
+    parser.add_argument("--only", nargs="*", choices=list(GROUPS), default=list(GROUPS))
     arguments = parser.parse_args()
     machine = gpu()
     print(json.dumps(machine))
-    found: list[dict[str, Any]] = []
     torch.manual_seed(0)
-    for name, make in GROUPS.items():
-        if name in arguments.only:
-            found += reported(make())
-            torch.cuda.empty_cache()
-    if "decoder" in arguments.only:
-        for each in decoders():
-            found.append(each)
-            print(each, flush=True)
-    write(arguments.out, {"machine": machine, "rows": found})
+    keep(arguments.out, machine, chain.from_iterable(rows() for name, rows in GROUPS.items() if name in arguments.only))
+
+
+def keep(path: Path, machine: dict[str, str], rows: Iterable[dict[str, Any]]) -> None:
+    """Write the rows of a run, the file anew after each, so that a run that is cut short keeps what it had."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found.append(row)
+        write(path, {"machine": machine, "rows": found})
 
 
 if __name__ == "__main__":

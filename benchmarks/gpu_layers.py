@@ -11,18 +11,16 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu import BRAIN, Row, count, normal, packed, reported
+from benchmarks.gpu import BRAIN, Row, bound_to, count, keep, normal, packed, reported
 from benchmarks.gpu_clock import gpu
-from benchmarks.results import write
 from tnc.formats import IntFormat
-from tnc.kernels import Repacking, choose
 from tnc.kernels.qlr_launch import Packed, tile, vector
 from tnc.kernels.qlr_ops import dense, run
 from tnc.terms import Diagonal, Expression, Hadamard, LowRank, Permutation, Product, Quantized, Sum, map_tensors
@@ -61,12 +59,6 @@ def forms(n: int, k: int) -> dict[str, Callable[[], Expression]]:
     }
 
 
-def _bound(operator: Expression, backend: str) -> Callable[[Tensor], Tensor]:
-    kernel, _ = choose(operator, torch.device("cuda", 0), BRAIN, backend=backend)
-    tensors = kernel.pack(operator.tensors()) if isinstance(kernel, Repacking) else operator.tensors()
-    return lambda x: kernel(x, tensors)
-
-
 def composed_rows() -> Iterator[Row]:
     """Every form by its kernel, the rotated ones by einsum too, and dense."""
     for n, k in ((4096, 4096), (11008, 4096), (4096, 11008)):
@@ -81,7 +73,7 @@ def composed_rows() -> Iterator[Row]:
                 continue
             operators = [make() for _ in range(count(n * k * 4.25 / 8, 1))]
             for backend in ("auto", "einsum") if name == "rotated inputs" and n == k else ("auto",):
-                sets = [_bound(operator, backend) for operator in (operators if backend == "auto" else operators[:3])]
+                sets = [bound_to(operator, backend) for operator in (operators if backend == "auto" else operators[:3])]
                 for tokens in (1, 16, 512) if backend == "auto" else (1, 16):
                     x = normal(tokens, k)
                     exact = operators[0].linear(x.double())
@@ -123,14 +115,9 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = gpu()
     print(json.dumps(machine))
-    found: list[dict[str, Any]] = []
     torch.manual_seed(0)
-    for name, make in GROUPS.items():
-        if arguments.only not in (None, name):
-            continue
-        found += reported(make(), 60)
-        torch.cuda.empty_cache()
-    write(arguments.out, {"machine": machine, "rows": found})
+    chosen = [make for name, make in GROUPS.items() if arguments.only in (None, name)]
+    keep(arguments.out, machine, chain.from_iterable(reported(make(), 60) for make in chosen))
 
 
 if __name__ == "__main__":

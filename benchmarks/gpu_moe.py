@@ -169,8 +169,8 @@ def main() -> None:
         if arguments.only in (None, "x".join(map(str, shape))):
             for tokens in TOKENS:
                 rows += measured(shape, tokens)
+                write(arguments.out, {"machine": machine, "rows": rows})
                 torch.cuda.empty_cache()
-    write(arguments.out, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":
