@@ -48,17 +48,21 @@ def fused(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 @on_its_device
 def rebuild(first: Tensor, second: Tensor) -> Tensor:
-    """The matrix (o1 o2, i1 i2), summed in float32 and rounded once to the cores' dtype."""
+    """The matrix (o1 o2, i1 i2), summed in float32 and rounded once to the cores' dtype.
+
+    The first core is read as it lies in memory, whatever its strides.
+    """
     (_, o1, i1, bond), (_, o2, i2, _) = first.shape, second.shape
     config = tuned("rebuild_mpo2", first.device, rows=o1 * o2, columns=i1 * i2, rank=bond)
     weight = first.new_empty(o1 * o2, i1 * i2)
-    high, deep = tile_of(i1, most=64), tile_of(bond)
+    wide = min(config["wide"], tile_of(o1, least=1))
+    high = max(min(config["high"], tile_of(i1, least=1)), 16 // wide)
+    deep = tile_of(bond)
     pdl = overlaps(first.device)
-    rebuild_mpo2[(o1, math.ceil(o2 / config["outputs"]), math.ceil(i1 / high))](
-        first.contiguous(), second.contiguous(), weight, i1, i2, o2, bond, high, tile_of(i2), min(64, deep), deep,
-        config["outputs"], INTERPRETED or first.dtype == torch.float32, pdl,
-        num_warps=config["warps"], num_stages=config["stages"],
-        **early(pdl),
+    rebuild_mpo2[(math.ceil(o1 / wide), math.ceil(o2 / config["outputs"]), math.ceil(i1 / high))](
+        first, second.contiguous(), weight, o1, i1, o2, i2, bond, *first.stride()[1:], wide, high, tile_of(i2),
+        min(64, deep), deep, config["outputs"], INTERPRETED or first.dtype == torch.float32, pdl,
+        num_warps=config["warps"], num_stages=config["stages"], **early(pdl),
     )  # fmt: skip
     return weight
 

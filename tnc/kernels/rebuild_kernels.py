@@ -78,22 +78,36 @@ def rebuild_qlr(low, high, groups, left, right, gain, levels, weight, N, RANK, K
 
 
 @triton.jit
-def rebuild_mpo2(first, second, weight, I1, I2, O2, D, I1P: tl.constexpr, I2P: tl.constexpr, DB: tl.constexpr,
-                 DP: tl.constexpr, OB: tl.constexpr, F32: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Rows ``(o1, o2)`` for one o1 and ``OB`` values of o2; a row is the product (i1, D) (D, i2), rounded once."""
-    o1 = tl.program_id(0).to(tl.int64)
-    i1 = tl.program_id(2) * I1P + tl.arange(0, I1P)
+def first_core(first, d, inside, D, DS):
+    """Entries ``d`` of the bond (DB,) of the places ``first`` in the first core, (DB, places)."""
+    return tl.load(first[None, :] + d[:, None] * DS, mask=(d < D)[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def rebuild_mpo2(first, second, weight, O1, I1, O2, I2, D, OS, IS, DS, OW: tl.constexpr, IW: tl.constexpr,
+                 I2P: tl.constexpr, DB: tl.constexpr, DP: tl.constexpr, OB: tl.constexpr, F32: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """``OW`` values of o1, ``IW`` of i1 and ``OB`` of o2: products (o1 i1, D) (D, i2), one a value of o2, rounded once.
+
+    ``OS``, ``IS`` and ``DS`` are the strides of o1, i1 and the bond in the first core, which is read once.
+    """
+    place = tl.arange(0, OW * IW)
+    o1 = tl.program_id(0) * OW + place % OW
+    i1 = tl.program_id(2) * IW + place // OW
     i2 = tl.arange(0, I2P)
+    inside = (o1 < O1) & (i1 < I1)
+    own = first + o1.to(tl.int64) * OS + i1 * IS
     grid_wait(PDL)
+    a = first_core(own, tl.arange(0, DB), inside, D, DS)
     for each in tl.range(tl.program_id(1) * OB, tl.minimum((tl.program_id(1) + 1) * OB, O2)):
-        acc = tl.zeros((I1P, I2P), tl.float32)
+        acc = tl.zeros((OW * IW, I2P), tl.float32)
         for d0 in tl.static_range(0, DP, DB):
             d = d0 + tl.arange(0, DB)
-            a = tl.load(
-                first + (o1 * I1 + i1[:, None]) * D + d[None, :], mask=(i1 < I1)[:, None] & (d < D)[None, :], other=0.0
-            )
+            if DP > DB:
+                a = first_core(own, d, inside, D, DS)
             b = tl.load(second + (d[:, None].to(tl.int64) * O2 + each) * I2 + i2[None, :],
                         mask=(d < D)[:, None] & (i2 < I2)[None, :], other=0.0)  # fmt: skip
-            acc = dot_apart(a, b, acc, F32)
-        place = ((o1 * O2 + each) * I1 + i1[:, None]) * I2 + i2[None, :]
-        tl.store(weight + place, acc.to(weight.dtype.element_ty), mask=(i1 < I1)[:, None] & (i2 < I2)[None, :])
+            acc = dot_apart(tl.trans(a), b, acc, F32)
+        row = ((o1.to(tl.int64) * O2 + each) * I1 + i1) * I2
+        tl.store(weight + row[:, None] + i2[None, :], acc.to(weight.dtype.element_ty),
+                 mask=inside[:, None] & (i2 < I2)[None, :])  # fmt: skip
