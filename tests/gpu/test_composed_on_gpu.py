@@ -80,7 +80,8 @@ def test_a_captured_graph_follows_its_inputs_and_compile_keeps_one_graph(name, t
             graph.replay()
             assert torch.equal(y, module(x))
         torch._dynamo.reset()  # every case compiles the same forward anew
-        torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+        compiled, y = torch.compile(module, fullgraph=True)(x).double(), module(x).double()
+        assert (compiled - y).norm() <= ROUNDING[BRAIN] * y.norm()  # a fused scaling rounds less often
 
 
 def test_gradients_reach_x_and_the_factors():
