@@ -12,12 +12,13 @@ from kernels.triton_cases import trellis as coded
 
 from tnc.formats import IntFormat, number_format
 from tnc.kernels import low_rank as low_rank_row
-from tnc.kernels import mpo2, mpo3, qlr, trellis
+from tnc.kernels import chain, mpo2, mpo3, qlr, trellis
 from tnc.kernels.hadamard import hadamard
 from tnc.kernels.qlr_launch import Packed, rebuild, vector
 from tnc.kernels.qlr_ops import dense
 from tnc.modules import FactoredLinear
-from tnc.terms import Hadamard, Mpo
+from tnc.quant import rtn
+from tnc.terms import Chain, Hadamard, Mpo, dense64
 
 BRAIN = torch.bfloat16
 FRESH = 50
@@ -40,6 +41,19 @@ def three_cores():
     return Case(Mpo(tuple(cores)), matrix.reshape(16 * 16 * 15, 12 * 16 * 16))
 
 
+def quantized_cores():
+    """A chain of two int8 cores, and its matrix."""
+    generator = torch.Generator().manual_seed(0)
+    terms = [rtn(torch.randn(32 * 64, 32, generator=generator).cuda() / 16, IntFormat(8, group_size=32)),
+             rtn(torch.randn(32 * 48, 64, generator=generator).cuda() / 8, IntFormat(8, group_size=32))]  # fmt: skip
+    operator = Chain(tuple(terms), (1, 32, 1), (64, 48), (32, 64))
+    return Case(operator, dense64(operator))
+
+
+def bind(row, operator):
+    return row.bind(operator, torch.device("cuda", 0), BRAIN) if row is chain else row.bind(operator)
+
+
 CASES = {
     **{f"int{bits}": (qlr, q_plus_lr(1000, 2048, bits, group=128, rank=64, dtype=BRAIN)) for bits in (2, 3, 4, 8)},
     "int4 g32 rank 200": (qlr, q_plus_lr(777, 1536, 4, group=32, rank=200, dtype=BRAIN)),
@@ -57,6 +71,7 @@ CASES = {
     "low rank": (low_rank_row, low_rank(3000, 2048, 300, dtype=BRAIN)),
     "two cores": (mpo2, two_cores()),
     "three cores": (mpo3, three_cores()),
+    "quantized cores": (chain, quantized_cores()),
 }
 
 
@@ -64,7 +79,7 @@ CASES = {
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16, 31, 64, 200])
 def test_fresh_inputs_agree_with_float64_and_with_a_second_run(name, tokens):
     row, case = CASES[name]
-    bound = row.bind(case.operator)
+    bound = bind(row, case.operator)
     tensors = case.operator.tensors()
     held = bound.pack(tensors) if hasattr(bound, "pack") else tensors
     columns = case.operator.shape[1]
@@ -81,7 +96,7 @@ def test_fresh_inputs_agree_with_float64_and_with_a_second_run(name, tokens):
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 def test_a_captured_graph_follows_its_inputs(name, tokens):
     row, case = CASES[name]
-    bound, tensors = row.bind(case.operator), case.operator.tensors()
+    bound, tensors = bind(row, case.operator), case.operator.tensors()
     held = bound.pack(tensors) if hasattr(bound, "pack") else tensors
     x = inputs(tokens, case.operator.shape[1], BRAIN)
     stream = torch.cuda.Stream()
