@@ -11,8 +11,8 @@ from kernels.triton_cases import ROUNDING, Case, inputs, low_rank, q_plus_lr, ro
 from kernels.triton_cases import trellis as coded
 
 from tnc.formats import IntFormat, number_format
-from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels import chain, mpo2, mpo3, qlr, trellis
+from tnc.kernels import low_rank as low_rank_row
 from tnc.kernels.hadamard import hadamard
 from tnc.kernels.qlr_launch import Packed, rebuild, vector
 from tnc.kernels.qlr_ops import dense
