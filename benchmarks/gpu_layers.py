@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.gpu import BRAIN, Row, bound_to, count, keep, normal, packed, reported
 from benchmarks.gpu_clock import gpu
+from benchmarks.gpu_linear import packed
+from benchmarks.gpu_rows import BRAIN, Row, bound_to, count, keep, normal, reported
 from tnc.formats import IntFormat
 from tnc.kernels.qlr_launch import Packed, tile, vector
 from tnc.kernels.qlr_ops import dense, run
