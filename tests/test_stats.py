@@ -195,3 +195,14 @@ def test_cross_moments_pair_tokens_and_merge():
     other = MomentsAccumulator(3)
     other.add(x, dense[:5])
     assert other.moments().cross is None
+
+
+def test_statistics_follow_to_another_device():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = Moments(x.T @ x / 9, x.abs().mean(0), 9, cross=x.T @ x)
+    stats = LayerStats(moments, moments, None, ("a note",))
+    assert stats.to(torch.device("cpu")) is stats
+    moved = stats.to(torch.device("meta"))
+    assert (moved.inputs.tokens, moved.gradient, moved.notes) == (9, None, ("a note",))
+    for each in (moved.inputs, moved.heldout):
+        assert {t.device.type for t in (each.second, each.mean_abs, each.cross)} == {"meta"}

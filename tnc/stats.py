@@ -57,6 +57,13 @@ class Moments:
         _, _, rank, _ = dpstrf(self.second.double().cpu().numpy(), tol=tolerance, lower=1)
         return int(rank)
 
+    def to(self, device: torch.device) -> Moments:
+        """The same moments on a device; themselves where they are there."""
+        if self.second.device == device:
+            return self
+        mean_abs, cross = (None if each is None else each.to(device) for each in (self.mean_abs, self.cross))
+        return Moments(self.second.to(device), mean_abs, self.tokens, cross)
+
     def over(self, tokens: int) -> Moments:
         """The mean over ``tokens`` tokens of which those here are the only ones that are not zero."""
         if tokens == self.tokens:
@@ -177,6 +184,13 @@ class LayerStats:
     def tokens(self) -> int:
         """Number of calibration tokens."""
         return self.inputs.tokens
+
+    def to(self, device: torch.device) -> LayerStats:
+        """The same statistics on a device; themselves where they are there."""
+        if all(each is None or each.second.device == device for each in (self.inputs, self.heldout, self.gradient)):
+            return self
+        heldout, gradient = (None if each is None else each.to(device) for each in (self.heldout, self.gradient))
+        return LayerStats(self.inputs.to(device), heldout, gradient, self.notes)
 
     def merge(self, other: LayerStats) -> LayerStats:
         """Statistics of both token sets together."""

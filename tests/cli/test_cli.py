@@ -85,6 +85,8 @@ def test_sensitivity_as_table_data_and_picture(folder):
     assert all(0 < row["relative_error"] < 1 and row["predicted_nats"] > 0 for row in found["rows"])
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "predicted nats" in call(*arguments).stdout
+    shown = call(*arguments, "--text", folder / "calib.txt", "--windows", 2, "--out", picture).stdout
+    assert "measured KL, nats" in shown and picture.read_bytes()[:4] == b"\x89PNG"
     assert "unknown form 'x'; expected one of svd, mpo, blast" in call(*arguments, "--form", "x", code=2).stderr
     assert "got no size" in call(*arguments[:4], code=2).stderr
 

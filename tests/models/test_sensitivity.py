@@ -37,6 +37,28 @@ def test_rows_are_what_decompose_says(problem):
     assert label(3) == "3"
 
 
+def test_what_a_layer_loses_is_measured_with_that_layer_alone_replaced():
+    """Oracle: KL from the logits of a model put together by hand."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 12), nn.Linear(12, 7))
+    stats = {name: LayerStats.from_hessian(torch.eye(size), tokens=50) for name, size in (("1", 8), ("2", 12))}
+    windows = [torch.randint(7, (9,)) for _ in range(3)]
+    before = [tensor.clone() for tensor in model.parameters()]
+    found = sensitivity(model, stats, LowRankStage, [2, 4, 9], windows=windows)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "the model is as it was"
+    operator = decompose(model[2].weight.detach(), (LowRankStage(4),), stats["2"]).operator
+    tokens = torch.stack(windows)
+    with torch.no_grad():
+        p = model(tokens)[:, :-1].double().log_softmax(-1)
+        hidden = model[1](model[0](tokens))
+        q = (hidden @ operator.to_dense().T + model[2].bias)[:, :-1].double().log_softmax(-1)
+    row = found.rows[4]
+    assert row.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    labels = tokens[:, 1:, None]
+    assert row.delta_nats == pytest.approx(float((p - q).gather(2, labels).mean()), rel=1e-3, abs=1e-7)
+    assert found.rows[5].kl is None and found.grid("kl")[0][0] > found.grid("kl")[0][1] > 0
+
+
 def test_missing_statistics_are_named(problem):
     with pytest.raises(StatsError, match=r"the statistics lack 1 of 2 layers, the first is '1'"):
         sensitivity(problem[0], {"0": problem[1]["0"]}, LowRankStage, [1])

@@ -95,7 +95,7 @@ def test_whitening_is_undone(fit):
     if problem.stats.hessian.count_nonzero() == 0:
         return
     shape = (problem.weight.shape[0], problem.weight.shape[1])
-    white = KroneckerMetric.nearest(Metric(moment(shape[1], 3)), shape, outs, ins)
+    white = KroneckerMetric.nearest(Metric(moment(shape[1], 3)), torch.zeros(shape), outs, ins)
     mpo = tt_svd(problem.weight, outs, ins)
     back = white.unwhitened(white.on_cores(mpo))
     if not mpo.padded:

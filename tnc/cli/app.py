@@ -292,13 +292,17 @@ def sensitivity(
     rank: Annotated[list[int] | None, typer.Option(help="Rank or bond dimension; may be repeated.")] = None,
     bpw: Annotated[list[float] | None, typer.Option(help="Stored bits per weight; may be repeated.")] = None,
     include: Patterns = None,
+    text: Annotated[str | None, typer.Option(help="Held-out text: measures KL with each layer alone replaced.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text, spread over it.")] = 16,
+    device: Device = "cpu",
     out: Annotated[Path | None, typer.Option(help="Picture to write: .png, .pdf or .svg.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What every layer loses at each size of a form: error and predicted nats."""
+    """What every layer loses at each size of a form: error, predicted nats and measured KL."""
     run_sensitivity(
         SensitivityOptions(
-            model=model, stats=stats, form=form, ranks=rank or [], bits=bpw or [], include=include, out=out
+            model=model, stats=stats, form=form, ranks=rank or [], bits=bpw or [], include=include, text=text,
+            windows=windows, device=device, out=out,
         ),
         as_json=as_json,
     )  # fmt: skip

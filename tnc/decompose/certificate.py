@@ -53,7 +53,8 @@ def lower_bound(weight: Tensor, operator: Expression, metric: Metric) -> tuple[f
     if isinstance(operator, Mpo | Chain):
         return mpo_lower_bound(weight, operator if isinstance(operator, Mpo) else operator.mpo(), metric)
     if isinstance(operator, Quantized):
-        hessian = torch.eye(weight.shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian
+        identity = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        hessian = identity if metric.hessian is None else metric.hessian
         return grid_lower_bound(weight, operator, hessian) ** 0.5, None
     structured, rest = _split(operator, BlockLowRank, Blast)
     if structured is not None:

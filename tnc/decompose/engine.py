@@ -70,6 +70,7 @@ def decompose(
             check_useful(stage.rank, (weight.shape[0], weight.shape[1]), "LowRankStage")
     if stats is not None:
         stats.check_weight(weight)
+        stats = stats.to(weight.device)
     start = time.perf_counter()
     known = known or KnownFits(weight, stats)
     assert known.weight is weight and known.stats is stats, "what is known is of this layer"

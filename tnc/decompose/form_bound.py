@@ -51,7 +51,8 @@ def _block_metrics(metric: Metric, count: int, size: int) -> list[Metric]:
         rest = torch.ones(size, dtype=torch.bool)
         rest[place] = False
         cross = H[place][:, rest]
-        solved = torch.linalg.lstsq(H[rest][:, rest], cross.T, driver="gelsd").solution
+        # on the CPU: elsewhere there is no driver for singular matrices
+        solved = torch.linalg.lstsq(H[rest][:, rest].cpu(), cross.T.cpu(), driver="gelsd").solution.to(H.device)
         schur = H[place][:, place] - cross @ solved
         found.append(Metric((schur + schur.T) / 2))
     return found

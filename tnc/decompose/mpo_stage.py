@@ -88,7 +88,7 @@ class MpoStage:
             rank = given if isinstance(given, tuple) else self.bond(shape, dtype, spent=target.spent_bits)
             by_rank = partial(self._by_rank, target.residual, metric)
             anything = any(rank) if isinstance(rank, tuple) else rank
-            mpo, more = by_rank(outs, ins, rank, dtype) if anything else (_zero(shape, outs, ins, dtype), [])
+            mpo, more = by_rank(outs, ins, rank, dtype) if anything else (_zero(target.residual, outs, ins, dtype), [])
             notes += more
             if anything and self.core_format is not None:
                 return self._quantized(target.residual, mpo, metric, self.core_format, notes)
@@ -199,8 +199,8 @@ def _as_int(rank: Size | Bonds) -> int:
         ) from None
 
 
-def _zero(shape: tuple[int, int], outs: Modes, ins: Modes, dtype: torch.dtype) -> Mpo:
-    """The operator of bond dimension 0, which stores nothing (a lone core stores its zeros)."""
+def _zero(like: Tensor, outs: Modes, ins: Modes, dtype: torch.dtype) -> Mpo:
+    """The operator of bond dimension 0 in the place of a matrix; it stores nothing (a lone core stores its zeros)."""
     ranks = [1, *(0 for _ in outs[1:]), 1]
     sizes = zip(ranks, outs, ins, ranks[1:], strict=False)
-    return Mpo(tuple(torch.zeros(size, dtype=dtype) for size in sizes), shape)
+    return Mpo(tuple(like.new_zeros(size, dtype=dtype) for size in sizes), (like.shape[0], like.shape[1]))

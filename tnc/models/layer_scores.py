@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -35,14 +36,18 @@ def scores_alone(
 
     Cost: a pass over the windows for each group, and one of the dense model for all.
     """
-    variants = {str(at): _variant(model, small, names) for at, names in enumerate(groups)}
+    variants = {str(at): variant(model, names, partial(_layer, small)) for at, names in enumerate(groups)}
     report = None if progress is None else lambda _, done, total: progress("layers", done, total)
     scores = evaluate_many(variants, windows, reference=model, progress=report)
     return [float(each.kl or 0.0) for each in scores.values()]
 
 
-def _variant(model: nn.Module, small: nn.Module, names: Iterable[str]) -> nn.Module:
-    """The dense model with some layers of the other; every module that does not lie above them is shared."""
+def variant(model: nn.Module, names: Iterable[str], layer: Callable[[str], nn.Module]) -> nn.Module:
+    """The model with ``layer(name)`` in the place of some layers; every module that does not lie above them is shared.
+
+    Raises:
+        ModelError: for a layer that the model lacks.
+    """
     root = _shallow(model)
     copied = {"": root}
     for name in names:
@@ -54,11 +59,15 @@ def _variant(model: nn.Module, small: nn.Module, names: Iterable[str]) -> nn.Mod
                 above._modules[parts[end - 1]] = copied[path]
         above = copied[".".join(parts[:-1])]
         _child(above, parts[-1], name)
-        try:
-            above._modules[parts[-1]] = small.get_submodule(name)
-        except AttributeError as error:
-            raise ModelError(f"the compressed model has no layer {name!r}; pass the result of tnc.compress.") from error
+        above._modules[parts[-1]] = layer(name)
     return root
+
+
+def _layer(small: nn.Module, name: str) -> nn.Module:
+    try:
+        return small.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"the compressed model has no layer {name!r}; pass the result of tnc.compress.") from error
 
 
 def _child(module: nn.Module, part: str, name: str) -> nn.Module:

@@ -1,22 +1,29 @@
-"""How much each layer of a model suffers from each size of a form: error and predicted nats, layer by layer."""
+"""How much each layer of a model suffers from each size of a form: error, predicted nats, and what is measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tnc.decompose import Size, Stage, decompose
 from tnc.errors import BudgetError, RankError, StatsError
+from tnc.models.evaluate import Evaluation, evaluate_many
+from tnc.models.layer_scores import variant
 from tnc.models.layers import select_layers, weight_of
+from tnc.modules import FactoredLinear
 from tnc.stats import LayerStats
+from tnc.terms import Expression
 
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """One layer at one size; errors as in `LayerReport`, ``None`` where the layer cannot have that size."""
+    """One layer at one size; errors as in `LayerReport`, ``None`` where the layer cannot have that size.
+
+    ``kl`` and ``delta_nats`` are measured, as in `Evaluation`, with this layer alone replaced; ``None`` without a text.
+    """
 
     layer: str
     size: str
@@ -24,6 +31,8 @@ class SensitivityRow:
     relative_error: float | None
     heldout_relative_error: float | None
     predicted_nats: float | None
+    kl: float | None = None
+    delta_nats: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Sensitivity:
 
 def sensitivity(
     model: nn.Module, stats: Mapping[str, LayerStats], stage: Callable[[Size], Stage], sizes: Sequence[Size], *,
-    include: Iterable[str] | None = None, exclude: Iterable[str] | None = None,
+    include: Iterable[str] | None = None, exclude: Iterable[str] | None = None, windows: Sequence[Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Sensitivity:  # fmt: skip
     """Decompose every layer at every size, each alone; nothing of the model changes.
@@ -64,23 +73,28 @@ def sensitivity(
         sizes: ranks, bond dimensions or `BitsPerWeight`.
         include: glob patterns of layer names; ``None`` is all layers of the blocks.
         exclude: glob patterns of layers to leave out.
+        windows: of a held-out text, (tokens,) each, on which what every layer loses is measured too.
         progress: called with (phase, done, total).
 
     Raises:
         StatsError: if a layer has no statistics.
+        TextError, ModelError: as `evaluate`, where there are windows.
 
-    Cost: one decomposition for each layer and size.
+    Cost: one decomposition for each layer and size; with windows a pass over them for each, and one for each layer.
     """
     layers = select_layers(model, include, exclude)
     missing = [name for name in layers if name not in stats]
     if missing:
         raise StatsError(f"the statistics lack {len(missing)} of {len(layers)} layers, the first is {missing[0]!r}.")
-    rows = []
+    rows: list[SensitivityRow] = []
     for name, layer in layers.items():
-        for size in sizes:
-            rows.append(_row(name, layer, stats[name], stage(size), size))
-            if progress is not None:
-                progress("sensitivity", len(rows), len(layers) * len(sizes))
+        found = [_row(name, layer, stats[name], stage(size), size) for size in sizes]
+        scores = {} if windows is None else _scores(model, name, layer, [operator for _, operator in found], windows)
+        for place, (row, _) in enumerate(found):
+            measured = scores.get(str(place))
+            rows.append(row if measured is None else replace(row, kl=measured.kl, delta_nats=measured.delta_nats))
+        if progress is not None:
+            progress("sensitivity", len(rows), len(layers) * len(sizes))
     return Sensitivity(tuple(layers), tuple(map(label, sizes)), tuple(rows))
 
 
@@ -89,12 +103,27 @@ def label(size: Size) -> str:
     return f"{size}" if isinstance(size, int) else f"{type(size).__name__} {size.value:g}"
 
 
-def _row(name: str, layer: nn.Module, stats: LayerStats, stage: Stage, size: Size) -> SensitivityRow:
+def _row(
+    name: str, layer: nn.Module, stats: LayerStats, stage: Stage, size: Size
+) -> tuple[SensitivityRow, Expression | None]:
+    """The row, and what stands for the layer."""
     try:
-        report = decompose(weight_of(layer).detach(), (stage,), stats).report
+        found = decompose(weight_of(layer).detach(), (stage,), stats)
     except (RankError, BudgetError):
-        return SensitivityRow(name, label(size), None, None, None, None)
-    return SensitivityRow(
+        return SensitivityRow(name, label(size), None, None, None, None), None
+    report = found.report
+    row = SensitivityRow(
         name, label(size), report.bits_per_weight, report.relative_error, report.heldout_relative_error,
         report.predicted_nats,
     )  # fmt: skip
+    return row, found.operator
+
+
+def _scores(
+    model: nn.Module, name: str, layer: nn.Module, operators: Sequence[Expression | None], windows: Sequence[Tensor]
+) -> dict[str, Evaluation]:
+    """Of the model with each operator in turn in the place of the layer, by its place in the list."""
+    known = {str(place): operator for place, operator in enumerate(operators) if operator is not None}
+    modules = {key: FactoredLinear.from_linear(layer, each, backend="reference") for key, each in known.items()}
+    variants = {key: variant(model, [name], {name: module}.__getitem__) for key, module in modules.items()}
+    return evaluate_many(variants, windows, reference=model) if variants else {}

@@ -83,7 +83,7 @@ def layer_of(weight: Tensor, mpo: Mpo, stats: LayerStats | None, metric: Metric 
             raise StatsError("als needs calibration statistics or a metric; pass stats=..., or metric=Metric().")
         stats.check_weight(weight)
         metric = Metric.auto(stats)
-    return Layer(weight.double(), metric.to(torch.float64), mpo.out_modes, mpo.in_modes)
+    return Layer(weight.double(), metric.to(torch.float64, weight.device), mpo.out_modes, mpo.in_modes)
 
 
 def relative_error(layer: Layer, mpo: Mpo) -> float:

@@ -37,8 +37,7 @@ def mpo_lower_bound(weight: Tensor, mpo: Mpo, metric: Metric) -> tuple[float, st
         return 0.0, "lower bound not computed: the padding of the operator is free"
     if max(*sides, *weight.shape) > SIDE_LIMIT:
         return 0.0, f"lower bound not computed: an unfolding or a side of the metric is above {SIDE_LIMIT}"
-    shape = (weight.shape[0], weight.shape[1])
-    kronecker = KroneckerMetric.nearest(metric, shape, mpo.out_modes, mpo.in_modes)
+    kronecker = KroneckerMetric.nearest(metric, weight, mpo.out_modes, mpo.in_modes)
     share = _share(metric.gradient, kronecker.gradient) * _share(metric.hessian, kronecker.hessian)
     whitened = kronecker.whitened(site_tensor(weight, mpo.out_modes, mpo.in_modes, torch.float64))
     rounding = sum(whitened.shape) * torch.finfo(torch.float64).eps * float(whitened.norm()) ** 2

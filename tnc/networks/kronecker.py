@@ -35,15 +35,14 @@ class KroneckerMetric:
     hessian: tuple[Tensor, ...]
 
     @classmethod
-    def nearest(cls, metric: Metric, shape: tuple[int, int], out_modes: Modes, in_modes: Modes) -> KroneckerMetric:
-        """The Kronecker-factored metric nearest to ``metric`` in each of its two sides.
+    def nearest(cls, metric: Metric, weight: Tensor, out_modes: Modes, in_modes: Modes) -> KroneckerMetric:
+        """The Kronecker-factored metric nearest to ``metric`` in each of its two sides, where ``weight`` (m, n) is.
 
         Cost: ``O(sweeps d n²)``, no decomposition of the whole side.
         """
-        return cls(
-            nearest_kronecker(metric.gradient, shape[0], out_modes),
-            nearest_kronecker(metric.hessian, shape[1], in_modes),
-        )
+        sides = (metric.gradient, weight.shape[0], out_modes), (metric.hessian, weight.shape[1], in_modes)
+        gradient, hessian = (tuple(f.to(weight.device) for f in nearest_kronecker(*side)) for side in sides)
+        return cls(gradient, hessian)
 
     def whitened(self, sites: Tensor) -> Tensor:
         """``G_k^½ ⊗ H_k^½`` applied to every leg of a site tensor (o_1 i_1, ..., o_d i_d)."""

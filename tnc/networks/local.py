@@ -53,8 +53,7 @@ class Layer:
     @cached_property
     def kronecker(self) -> KroneckerMetric:
         """The nearest Kronecker-factored metric: the preconditioner of every local problem."""
-        shape = (self.weight.shape[0], self.weight.shape[1])
-        return KroneckerMetric.nearest(self.metric, shape, self.out_modes, self.in_modes)
+        return KroneckerMetric.nearest(self.metric, self.weight, self.out_modes, self.in_modes)
 
     def times(self, matrix: Tensor) -> Tensor:
         """``G M H``; ``2 m n (m + n)`` flops."""

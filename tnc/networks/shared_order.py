@@ -87,5 +87,5 @@ def shared_order(weights: Sequence[Rows], *, rounds: int = 3) -> SharedOrder:
         return assigned(reduce(torch.add, (f @ s.T for f, s in zip(fitted, scaled, strict=True))))
 
     spectral = spectral_order(reduce(torch.add, (s @ s.T for s in scaled)))
-    found = best_order(torch.arange(len(scaled[0])), spectral, fit, assign, rounds)
+    found = best_order(torch.arange(len(scaled[0]), device=scaled[0].device), spectral, fit, assign, rounds)
     return SharedOrder(found.order, found.before, found.after, found.start)

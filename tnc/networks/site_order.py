@@ -86,7 +86,7 @@ def site_order(
             row = assigned(fitted @ scaled[:, column].T)
         return row, column
 
-    given = torch.arange(shape[0]), torch.arange(shape[1])
+    given = torch.arange(shape[0], device=weight.device), torch.arange(shape[1], device=weight.device)
     spectral = (
         spectral_order(scaled @ scaled.T) if rows else given[0],
         spectral_order(scaled.T @ scaled) if columns else given[1],
@@ -151,4 +151,4 @@ def spectral_order(gram: Tensor) -> Tensor:
 
 def assigned(alike: Tensor) -> Tensor:
     """For each place the row or column that is put there, of (places, rows or columns): the most alike in total."""
-    return torch.from_numpy(linear_sum_assignment(alike.numpy(), maximize=True)[1])
+    return torch.from_numpy(linear_sum_assignment(alike.cpu().numpy(), maximize=True)[1]).to(alike.device)

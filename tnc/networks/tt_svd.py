@@ -91,8 +91,7 @@ def tt_svd_with_report(
     outs, ins = _modes(weight, out_modes, in_modes)
     limits = check_ranks(max_rank, outs, ins, "tt_svd")
     stored = dtype or weight.dtype
-    shape = (weight.shape[0], weight.shape[1])
-    white = None if metric is None else KroneckerMetric.nearest(metric, shape, outs, ins)
+    white = None if metric is None else KroneckerMetric.nearest(metric, weight, outs, ins)
     if eps is None:
         (fit,) = _sweep(weight.unsqueeze(0), outs, ins, limits, None, stored, white)
         return fit

@@ -95,7 +95,7 @@ def _start(weight: Tensor, rank: int, grid: BlockGrid, metric: Metric) -> _State
     (outs, ins), (rows, columns) = grid.blocks, grid.block_shape
     return _State(
         left.reshape(outs, rows, rank),
-        torch.ones(outs, ins, rank, dtype=torch.float64),
+        left.new_ones(outs, ins, rank),
         right.reshape(rank, ins, columns).transpose(0, 1).contiguous(),
         seen_error,
     )

@@ -119,7 +119,7 @@ def fit_blocks(weight: Tensor, rank: int, grid: BlockGrid, metric: Metric, sweep
     }
     if rank == 0 or not couples_blocks(metric):
         return _stacked(start, grid, rank)
-    state = _State(start, metric.times_gradient(metric.times_hessian(weight - _assembled(start, grid))))
+    state = _State(start, metric.times_gradient(metric.times_hessian(weight - _assembled(start, weight, grid))))
     for _ in range(sweeps):
         for j, k in places:
             _improve(state, j, k, rank, grid, metric)
@@ -153,8 +153,8 @@ def _truncate(matrix: Tensor, rank: int, metric: Metric) -> Factors:
     return left, torch.nn.functional.pad(space.right / scale.unsqueeze(1), (0, 0, 0, missing))
 
 
-def _assembled(parts: dict[tuple[int, int], Factors], grid: BlockGrid) -> Tensor:
-    dense = torch.zeros(grid.shape, dtype=torch.float64)
+def _assembled(parts: dict[tuple[int, int], Factors], like: Tensor, grid: BlockGrid) -> Tensor:
+    dense = torch.zeros_like(like)
     for (j, k), (left, right) in parts.items():
         dense[grid.rows(j), grid.columns(k)] = left @ right
     return dense

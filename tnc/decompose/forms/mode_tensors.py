@@ -67,7 +67,7 @@ def tensor_ring(
     def start(rank: int) -> TensorRing:
         if rank == 0:
             pairs = zip(outs, ins, strict=True)
-            return TensorRing(tuple(torch.zeros(0, o, i, 0, dtype=torch.float64) for o, i in pairs))
+            return TensorRing(tuple(weight.new_zeros(0, o, i, 0, dtype=torch.float64) for o, i in pairs))
         train = tt_svd(weight.double(), outs, ins, max_rank=rank).cores
         return TensorRing(_closed(train, ring))
 
@@ -108,11 +108,11 @@ def tucker(
         wanted = tucker_ranks(legs, rank)
         scaled, size = _scaled(weight, legs)
         if rank == 0 or size == 0:
-            factors = tuple(torch.zeros(leg, r, dtype=torch.float64) for leg, r in zip(legs, wanted, strict=True))
-            return Tucker(torch.zeros(wanted, dtype=torch.float64), factors)
+            factors = tuple(weight.new_zeros(leg, r, dtype=torch.float64) for leg, r in zip(legs, wanted, strict=True))
+            return Tucker(weight.new_zeros(wanted, dtype=torch.float64), factors)
         decompose: Any = import_module("tensorly.decomposition").tucker
         core, factors = decompose(scaled, rank=list(wanted), n_iter_max=_ITERATIONS)
-        return Tucker(torch.from_numpy(core * size), tuple(torch.from_numpy(f.copy()) for f in factors))
+        return Tucker(_beside(weight, core * size), tuple(_beside(weight, factor) for factor in factors))
 
     family = _family("tucker", weight, start, bits, max(legs), metric, sweeps, dtype)
     found = fit_size(family, rank, weight, metric or Metric())
@@ -161,11 +161,11 @@ def cp(
     def start(rank: int) -> Cp:
         scaled, size = _scaled(weight, legs)
         if rank == 0 or size == 0:
-            return Cp(tuple(torch.zeros(leg, rank, dtype=torch.float64) for leg in legs))
+            return Cp(tuple(weight.new_zeros(leg, rank, dtype=torch.float64) for leg in legs))
         parafac: Any = import_module("tensorly.decomposition").parafac
         found = parafac(scaled, rank, n_iter_max=_ITERATIONS, init="random", random_state=seed, l2_reg=1e-6)
-        factors = [torch.from_numpy(factor.copy()) for factor in found.factors]
-        return Cp((factors[0] * size * torch.from_numpy(found.weights), *factors[1:]))
+        factors = [_beside(weight, factor) for factor in found.factors]
+        return Cp((factors[0] * size * _beside(weight, found.weights), *factors[1:]))
 
     limit = prod(legs) // max(legs)
     family = _family("cp", weight, start, lambda rank: rank * per_rank, limit, metric, sweeps, dtype)
@@ -203,7 +203,12 @@ def _modes(weight: Tensor, cores: int, modes: tuple[Sequence[int], Sequence[int]
 def _scaled(weight: Tensor, legs: Modes) -> tuple[numpy.ndarray[Any, Any], float]:
     """The mode tensor with largest entry 1 in float64, and what it was divided by."""
     size = float(weight.double().abs().max())
-    return (weight.double() / (size or 1.0)).reshape(legs).numpy(), size
+    return (weight.double() / (size or 1.0)).reshape(legs).cpu().numpy(), size
+
+
+def _beside(weight: Tensor, array: numpy.ndarray[Any, Any]) -> Tensor:
+    """A copy of an array on the device of the weight."""
+    return torch.from_numpy(array.copy()).to(weight.device)
 
 
 def _closed(train: Sequence[Tensor], ring: int) -> tuple[Tensor, ...]:
@@ -214,7 +219,7 @@ def _closed(train: Sequence[Tensor], ring: int) -> tuple[Tensor, ...]:
         return (first,)
     first, last = train[0], train[-1]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(ring - 1, *first.shape[1:], generator=generator, dtype=first.dtype)
+    noise = torch.randn(ring - 1, *first.shape[1:], generator=generator, dtype=first.dtype).to(first.device)
     opened = torch.cat([first, noise * first.square().mean().sqrt()])
     ended = torch.cat([last, last.new_zeros(*last.shape[:3], ring - 1)], dim=3)
     return (opened, *train[1:-1], ended)
