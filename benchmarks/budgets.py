@@ -141,7 +141,7 @@ def _run_seed(
     stats = start.statistics(arguments, seed)
     with start.workshop(arguments, stats, portfolio_of(arguments.ranks, trellis=arguments.trellis)) as shop:
         print(f"{name} seed {seed}: statistics {time.monotonic() - begin:.0f} s", flush=True)
-        table = shop.curves(start.model)
+        table = shop.curves(start.model, arguments.curves)
         print(f"{name} seed {seed}: curves {time.monotonic() - begin:.0f} s", flush=True)
         todo = [each for each in plans(table, arguments.budgets, arguments.aims) if each[:2] not in have]
         for at, made in shop.made([plan for *_, plan in todo]):

@@ -43,6 +43,7 @@ def parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
     found.add_argument("--jobs", type=int, default=2)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--fitted", type=Path, help="folder that keeps fitted bases; default a temporary one")
+    found.add_argument("--curves", type=Path, help="file that keeps the curves of one seed")
     found.add_argument("--out", type=Path, default=Path(out))
     return found
 

@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     start, found = Start.of(arguments), read(arguments.out)
     stats = start.statistics(arguments, arguments.seed)
     with start.workshop(arguments, stats, Portfolio.default()) as shop:
-        table = shop.curves(start.model)
+        table = shop.curves(start.model, arguments.curves)
         own = [plan_curves(table, Nats(level * arguments.below)) for level in _LEVELS]
         plans = [*own, *draw_plans(table, arguments.plans, arguments.below, arguments.seed)]
         have = {row["plan"] for row in found["rows"]}

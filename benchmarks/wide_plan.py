@@ -71,9 +71,12 @@ def _random_moment(values: Tensor, factor: int, random: torch.Generator) -> tupl
 def spectrum_shares(weight: Tensor, stats: LayerStats) -> list[float]:
     """Share of the nats in the first 1/64, 1/16, 1/4 of the singular values in ``G ⊗ H``."""
     assert stats.gradient is not None, "as above"
-    values, vectors = _eigen(stats.gradient.second)
-    half = (vectors * values.sqrt()).T @ weight.double()
-    squares = _eigen(half @ stats.inputs.second.double() @ half.T)[0]
+    matrix, outer, inner = weight.double(), stats.gradient.second.double(), stats.inputs.second.double()
+    if matrix.shape[0] > matrix.shape[1]:  # the smaller side has all the singular values
+        matrix, outer, inner = matrix.T, inner, outer
+    values, vectors = _eigen(outer)
+    half = (vectors * values.sqrt()).T @ matrix
+    squares = _eigen(half @ inner @ half.T)[0]
     total = squares.sum()
     return [float(squares[: max(len(squares) // part, 1)].sum() / total) for part in (64, 16, 4)]
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,8 +70,14 @@ class Workshop:
     fitted: Journal
     jobs: int
 
-    def curves(self, model: nn.Module) -> CurveTable:
-        """The curves of all layers; fits every base that the folder lacks."""
+    def curves(self, model: nn.Module, kept: Path | None = None) -> CurveTable:
+        """The curves of all layers, from a file that was kept of this model and sample, or measured and kept there.
+
+        Measuring fits every base that the folder lacks. What is made of a plan is measured again, so that curves of
+        another sample would show.
+        """
+        if kept is not None and kept.exists():
+            return CurveTable.load(kept)
 
         def measure(*_: object, **__: object) -> Iterator[tuple[str, LayerCurves]]:
             for _done in self._map(_fit, self._bases()):
@@ -80,8 +87,11 @@ class Workshop:
             for found in self._map(_shared, [(names, [own[name] for name in names]) for names in groups]):
                 yield from found
 
-        return error_curves(model, self.stats, self.portfolio, include=list(self.weights), dtype=self.dtype,
-                            measure=measure)  # fmt: skip
+        found = error_curves(model, self.stats, self.portfolio, include=list(self.weights), dtype=self.dtype,
+                             measure=measure)  # fmt: skip
+        if kept is not None:
+            found.save(kept)
+        return found
 
     def made(self, plans: Sequence[Plan]) -> Iterator[tuple[int, dict[str, Made]]]:
         """Number and layers of each plan, as they are finished; what several plans have in common is made once."""

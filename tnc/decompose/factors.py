@@ -117,13 +117,13 @@ class SharedFactors:
 
 
 def quantize_shared_factors(
-    residuals: Sequence[Tensor], lefts: Sequence[Tensor], right: Tensor, metrics: Sequence[Metric],
+    residuals: Sequence[Tensor | FactorTarget], lefts: Sequence[Tensor], right: Tensor, metrics: Sequence[Metric],
     formats: FactorFormats, *, method: str = "gptq", rounds: int = 2, seed: int = 0,
 ) -> SharedFactors:  # fmt: skip
     """`quantize_factors` for layers with the same inputs, a left factor each and one right factor.
 
     Args:
-        residuals: (m_i, n) each.
+        residuals: (m_i, n) each, or what was made of them for several roundings.
         lefts: (m_i, k) each.
         right: (k, n).
         metrics: with one H; a G each, or none.
@@ -132,7 +132,9 @@ def quantize_shared_factors(
         rounds: at least 1.
         seed: of the rotation in `spread`.
     """
-    targets = [_Target(d.double(), metric) for d, metric in zip(residuals, metrics, strict=True)]
+    targets = [
+        d if isinstance(d, FactorTarget) else FactorTarget(d, m) for d, m in zip(residuals, metrics, strict=True)
+    ]
     known, right = spread([left.double() for left in lefts], right.double(), metrics, seed=seed)
     best: tuple[float, SharedFactors] | None = None
     for _ in range(rounds):
@@ -148,7 +150,7 @@ def quantize_shared_factors(
 
 
 def _round(
-    targets: Sequence[_Target], lefts: Sequence[Tensor], right: Tensor, formats: FactorFormats, method: str
+    targets: Sequence[FactorTarget], lefts: Sequence[Tensor], right: Tensor, formats: FactorFormats, method: str
 ) -> SharedFactors:
     """Quantize ``right``, refit every left factor, quantize it."""
     run, metric = quantizer(method).run, targets[0].metric
@@ -216,10 +218,11 @@ def _floored(lengths: Tensor) -> Tensor:
     return lengths.clamp_min(1e-12 * largest) if largest > 0 else torch.ones_like(lengths)
 
 
-class _Target:
-    """A residual with the products that every round needs."""
+class FactorTarget:
+    """A residual D (m, n) with the products that every round needs: ``2 m n² + 2 m² n`` flops once, float64."""
 
     def __init__(self, residual: Tensor, metric: Metric) -> None:
+        residual = residual.double()
         self.residual, self.metric = residual, metric
         self.seen = metric.times_hessian(residual)  # D H
         self.squared_norm = metric.squared_norm(residual)

@@ -13,13 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tnc.decompose.factors import FactorFormats, quantize_factors
+from tnc.decompose.factors import FactorFormats, FactorTarget, quantize_shared_factors
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.planning.fits import FittedBase, LayerFits, fit_bases
 from tnc.planning.portfolio import PLAIN, Choice, Portfolio
-from tnc.planning.ruler import Ruler
+from tnc.planning.ruler import Remainder, Ruler
 from tnc.stats import LayerStats
-from tnc.terms import Expression, LowRank, Sum, dense64
+from tnc.terms import Expression, LowRank, Product, Sum, dense64
 
 
 @dataclass(frozen=True, slots=True)  # of large models there are millions
@@ -137,8 +137,12 @@ class _Compensated:
         return self.fits.portfolio
 
     @cached_property
+    def remainder(self) -> Remainder:
+        return self.ruler.remainder(self.fitted.residual)
+
+    @property
     def residual(self) -> Tensor:
-        return self.fitted.residual
+        return self.remainder.residual
 
     @cached_property
     def empty(self) -> bool:
@@ -146,11 +150,9 @@ class _Compensated:
 
     def plain(self) -> tuple[Option, ...]:
         """The base alone, and with every useful rank of factors in the model's dtype if the portfolio has those."""
-        per_rank = sum(self.residual.shape) * self.fits.dtype.itemsize * 8
-        useful = -(-(self.fits.limit - self.ruler.wrap(self.base).storage_bits) // per_rank) - 1
-        ranks = [0, *self.portfolio.plain_ranks(min(useful, *self.residual.shape))]
-        term = self._term(ranks[-1], self.fits.dtype)
-        errors = self.ruler.prefix_errors(self.residual, term)
+        ranks = [0, *self._plain_ranks]
+        term = _in_dtype(prefix_of(self._components, ranks[-1]), self.fits.dtype)
+        errors = self.remainder.prefix_errors(term)
         first = 1 if self.empty else 0  # storing nothing is no option
         return tuple(
             Option(Choice(self.name, k), self._with(prefix_of(term, k)).storage_bits, *(float(e[k]) for e in errors))
@@ -160,35 +162,52 @@ class _Compensated:
     def rounded(self, factors: str) -> tuple[Option, ...]:
         """The ranks of the portfolio with factors in a number format, each rounded and measured."""
         formats, found = self.portfolio.rounded[factors], []
-        for k in self._ranks(formats):
+        for k in self._rounded_ranks(formats):
             components = prefix_of(self._components, k)
-            quantized = quantize_factors(
-                self.residual, components, self.ruler.metric, formats, method="gptq"
-            ).term  # fmt: skip
-            errors = self.ruler.errors(self.residual - dense64(quantized))
-            found.append(Option(Choice(self.name, k, factors), self._with(quantized).storage_bits, *errors))
+            made = quantize_shared_factors(
+                [self._target], [components.left], components.right, [self.ruler.metric], formats, method="gptq"
+            )
+            left, right = made.lefts[0], made.right
+            errors = self.remainder.errors_without(LowRank(dense64(left), dense64(right)))
+            found.append(
+                Option(Choice(self.name, k, factors), self._with(Product((left, right))).storage_bits, *errors)
+            )
         return tuple(found)
 
-    def _ranks(self, formats: FactorFormats) -> list[int]:
-        room = self.fits.limit - self.ruler.wrap(self.base).storage_bits
+    @cached_property
+    def _room(self) -> int:
+        return self.fits.limit - self.ruler.wrap(self.base).storage_bits
+
+    @property
+    def _plain_ranks(self) -> range:
+        per_rank = sum(self.residual.shape) * self.fits.dtype.itemsize * 8
+        return self.portfolio.plain_ranks(min(-(-self._room // per_rank) - 1, *self.residual.shape))
+
+    def _rounded_ranks(self, formats: FactorFormats) -> list[int]:
         shape = (self.residual.shape[0], self.residual.shape[1])
-        return self.portfolio.ranks_within(formats, shape, min(shape), room)
+        return self.portfolio.ranks_within(formats, shape, min(shape), self._room)
+
+    @cached_property
+    def _target(self) -> FactorTarget:
+        return FactorTarget(self.residual, self.ruler.metric)
 
     @cached_property
     def _components(self) -> LowRank:
-        """What every format rounds the first components of."""
-        most = max((k for formats in self.portfolio.rounded.values() for k in self._ranks(formats)), default=0)
-        return self._term(most, torch.float64)
-
-    def _term(self, rank: int, dtype: torch.dtype) -> LowRank:
+        """What is stored, or rounded, the first components of."""
+        rounded = (k for formats in self.portfolio.rounded.values() for k in self._rounded_ranks(formats))
+        most = max([*self._plain_ranks, *rounded], default=0)
         return fit_low_rank(
-            self.residual, self.ruler.source, rank, self.ruler.metric, solver=None, dtype=dtype, spent_bits=0
+            self.residual, self.ruler.source, most, self.ruler.metric, solver=None, dtype=torch.float64, spent_bits=0
         ).term  # fmt: skip
 
     def _with(self, term: Expression) -> Expression:
         """The operator as it is written."""
         nothing = isinstance(term, LowRank) and term.rank == 0
         return self.ruler.wrap(term if self.empty else self.base if nothing else Sum((self.base, term)))
+
+
+def _in_dtype(term: LowRank, dtype: torch.dtype) -> LowRank:
+    return LowRank(term.left.to(dtype), term.right.to(dtype))
 
 
 def prefix_of(term: LowRank, rank: int) -> LowRank:

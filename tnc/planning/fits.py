@@ -40,7 +40,7 @@ class FittedBase:
     @cached_property
     def errors(self) -> tuple[float, float, float, float]:
         """nats, held-out nats, error, held-out error of the base alone."""
-        return self.ruler.errors(self.residual)
+        return self.ruler.remainder(self.residual).errors
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,35 +28,54 @@ class Ruler:
         self._hessians = [each.second.double() for each in inputs]
         self._scales = [Metric(h).norm(self.weight) for h in self._hessians]
 
-    def errors(self, residual: Tensor) -> tuple[float, float, float, float]:
-        """nats, held-out nats, error, held-out error of a residual (m, n) float64."""
-        nothing = LowRank(residual.new_zeros(residual.shape[0], 0), residual.new_zeros(0, residual.shape[1]))
-        nats, heldout_nats, error, heldout_error = (float(e[0]) for e in self.prefix_errors(residual, nothing))
+    def remainder(self, residual: Tensor) -> Remainder:
+        """A residual (m, n) float64 as what terms are taken off."""
+        return Remainder(residual, self._hessians, self._gradient, self._scales)
+
+
+class Remainder:
+    """What a base leaves over, with its products with the moments: errors of any low-rank term taken off it.
+
+    ``‖D − Σ lᵢ rᵢ‖² = ‖D‖² − 2 Σᵢ lᵢᵀ G D H rᵢ + Σᵢⱼ (lᵢᵀ G lⱼ)(rᵢᵀ H rⱼ)``, so that a term costs no product of the
+    size of the layer but two of its rank. Errors are nats, held-out nats, relative error, held-out relative error.
+    """
+
+    def __init__(
+        self, residual: Tensor, hessians: Sequence[Tensor], gradient: Tensor | None, scales: Sequence[float]
+    ) -> None:
+        self.residual, self._hessians, self._gradient, self._scales = residual, hessians, gradient, scales
+        self._seen = [residual @ hessian for hessian in hessians]  # D H (m, n)
+        prices = [residual] if gradient is None else [residual, gradient @ residual]
+        self._squares = [[float((seen * price).sum()) for seen in self._seen] for price in prices]
+
+    @property
+    def errors(self) -> tuple[float, float, float, float]:
+        """With nothing taken off."""
+        nothing = self.residual.new_zeros
+        return self.errors_without(LowRank(nothing(self.residual.shape[0], 0), nothing(0, self.residual.shape[1])))
+
+    def errors_without(self, term: LowRank) -> tuple[float, float, float, float]:
+        """With all of a term taken off."""
+        nats, heldout_nats, error, heldout_error = (float(e[-1]) for e in self.prefix_errors(term))
         return nats, heldout_nats, error, heldout_error
 
-    def prefix_errors(self, residual: Tensor, term: LowRank) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, each (rank + 1,), with the first 0, 1, … components of a term taken off.
-
-        ``‖D − Σ lᵢ rᵢ‖² = ‖D‖² − 2 Σᵢ lᵢᵀ G D H rᵢ + Σᵢⱼ (lᵢᵀ G lⱼ)(rᵢᵀ H rⱼ)``: sums over leading squares.
-        """
+    def prefix_errors(self, term: LowRank) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each (rank + 1,): with the first 0, 1, … components of a term taken off."""
         left, right = term.left.double(), term.right.double()
-        found: dict[bool, list[Tensor]] = {True: [], False: []}
-        products = [(residual @ hessian, right @ hessian) for hessian in self._hessians]  # D H (m, n), R H (k, n)
-        for priced, gradient in self._sides():
-            weighted = left if gradient is None else gradient @ left
-            price = residual if gradient is None else gradient @ residual
-            seen_by_left, square = weighted.T @ residual, left.T @ weighted
-            for seen, rows in products:
-                taken = (square * (rows @ right.T)).cumsum(0).cumsum(1).diagonal()
-                taken = taken - 2 * (seen_by_left * rows).sum(1).cumsum(0)
-                found[priced].append(((seen * price).sum() + torch.cat([taken.new_zeros(1), taken])).clamp_min(0))
-        errors = [_relative(e, scale) for e, scale in zip(found[False], self._scales, strict=True)]
-        nats = [0.5 * e for e in found[True]] or [torch.full_like(errors[0], torch.nan)]
+        plain, *priced = [self._squared(left, right, side) for side in range(len(self._squares))]
+        errors = [_relative(e, scale) for e, scale in zip(plain, self._scales, strict=True)]
+        nats = [0.5 * e for each in priced for e in each] or [torch.full_like(errors[0], torch.nan)]
         return nats[0], nats[-1], errors[0], errors[-1]
 
-    def _sides(self) -> list[tuple[bool, Tensor | None]]:
-        """(whether the unit is nats, G)."""
-        return [(False, None)] if self._gradient is None else [(True, self._gradient), (False, None)]
+    def _squared(self, left: Tensor, right: Tensor, side: int) -> list[Tensor]:
+        """For each H: (rank + 1,) squared errors, by plain left factors (side 0) or in G (side 1)."""
+        weighted = left if side == 0 or self._gradient is None else self._gradient @ left
+        square, found = left.T @ weighted, []
+        for hessian, seen, start in zip(self._hessians, self._seen, self._squares[side], strict=True):
+            taken = (square * ((right @ hessian) @ right.T)).cumsum(0).cumsum(1).diagonal()
+            taken = taken - 2 * ((weighted.T @ seen) * right).sum(1).cumsum(0)
+            found.append((start + torch.cat([taken.new_zeros(1), taken])).clamp_min(0))
+        return found
 
 
 def _relative(squared: Tensor, scale: float) -> Tensor:

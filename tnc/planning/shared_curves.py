@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnc.decompose.factors import FactorFormats, quantize_shared_factors
+from tnc.decompose.factors import FactorFormats, FactorTarget, quantize_shared_factors
 from tnc.decompose.shared import charged_bits, shared_factors
 from tnc.planning.allocate import Menu, front
 from tnc.planning.curves import ErrorCurve, LayerCurves, Option, curves_of
 from tnc.planning.fits import FittedBase, LayerFits, fit_bases
 from tnc.planning.portfolio import PLAIN, Choice, Portfolio
+from tnc.planning.ruler import Remainder
 from tnc.stats import LayerStats
 from tnc.terms import Expression, LowRank, Product, Sum, dense64
 
@@ -155,8 +156,16 @@ class _Group:
         return min(min(each.weight.shape) for each in self.fits)
 
     @cached_property
+    def remainders(self) -> list[Remainder]:
+        return [each.ruler.remainder(each.residual) for each in self.bases]
+
+    @property
     def residuals(self) -> list[Tensor]:
-        return [each.residual for each in self.bases]
+        return [each.residual for each in self.remainders]
+
+    @cached_property
+    def _targets(self) -> list[FactorTarget]:
+        return [FactorTarget(d, each.ruler.metric) for d, each in zip(self.residuals, self.bases, strict=True)]
 
     @cached_property
     def base_bits(self) -> int:
@@ -183,7 +192,7 @@ class _Group:
         lefts, right = self._factors(ranks[-1])
         right = right.to(dtype)
         terms = [LowRank(left.to(dtype), right) for left in lefts]
-        errors = [b.ruler.prefix_errors(d, t) for b, d, t in zip(self.bases, self.residuals, terms, strict=True)]
+        errors = [each.prefix_errors(term) for each, term in zip(self.remainders, terms, strict=True)]
         found: Options = [[] for _ in self.fits]
         for k in ranks:
             shared = right[:k]
@@ -200,12 +209,13 @@ class _Group:
         for k in self._ranks(formats):
             lefts, right = self._components
             made = quantize_shared_factors(
-                self.residuals, [left[:, :k] for left in lefts], right[:k], metrics, formats, method="gptq"
+                self._targets, [left[:, :k] for left in lefts], right[:k], metrics, formats, method="gptq"
             )
+            stored = dense64(made.right)
             terms = [Product((left, made.right)) for left in made.lefts]
-            for at, stored in enumerate(self._bits(terms)):
-                errors = self.bases[at].ruler.errors(self.residuals[at] - dense64(terms[at]))
-                found[at].append(Option(Choice(self.name, k, factors, shared=True), stored, *errors))
+            for at, (bits, left) in enumerate(zip(self._bits(terms), made.lefts, strict=True)):
+                errors = self.remainders[at].errors_without(LowRank(dense64(left), stored))
+                found[at].append(Option(Choice(self.name, k, factors, shared=True), bits, *errors))
         return found
 
     def _ranks(self, formats: FactorFormats) -> list[int]:
