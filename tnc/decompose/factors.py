@@ -156,7 +156,7 @@ def _round(
     run, metric = quantizer(method).run, targets[0].metric
     outer = sum(left.T @ target.metric.times_gradient(left) for target, left in zip(targets, lefts, strict=True))
     assert isinstance(outer, Tensor), "there is at least one layer"
-    inputs = _side(metric.hessian, right.shape[1])
+    inputs = _side(metric.hessian, right)
     first = run(right, LayerStats(inputs, gradient=_moments(outer)), formats.right)
     known = dense64(first.term)
     gram = metric.times_hessian(known) @ known.T  # Z = right H rightᵀ
@@ -226,7 +226,7 @@ class FactorTarget:
         self.residual, self.metric = residual, metric
         self.seen = metric.times_hessian(residual)  # D H
         self.squared_norm = metric.squared_norm(residual)
-        self.outputs = _side(metric.gradient, residual.shape[0])
+        self.outputs = _side(metric.gradient, residual.T)
 
     def squared_error(self, left: Tensor, right: Tensor) -> float:
         """``‖D - left right‖²`` from k x k matrices."""
@@ -236,9 +236,10 @@ class FactorTarget:
         return self.squared_norm - 2 * float(cross) + float(square)
 
 
-def _side(side: Tensor | None, features: int) -> Moments:
+def _side(side: Tensor | None, rows: Tensor) -> Moments:
+    """A side of the metric of matrices like ``rows`` (k, n)."""
     if side is None:
-        return _moments(torch.eye(features, dtype=torch.float64))
+        return _moments(torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device))
     return _moments(torch.diag(side) if side.ndim == 1 else side)
 
 

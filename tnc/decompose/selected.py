@@ -52,8 +52,9 @@ class SelectedStage:
         """The best correction of the residual for the inputs chosen."""
         shape = (target.weight.shape[0], target.weight.shape[1])
         metric = Metric() if target.stats is None else Metric.auto(target.stats)
-        hessian = torch.eye(shape[1], dtype=torch.float64) if metric.hessian is None else metric.hessian.double()
         residual = target.residual.double()
+        identity = torch.eye(shape[1], dtype=torch.float64, device=residual.device)
+        hessian = identity if metric.hessian is None else metric.hessian.double()
         chosen = chosen_inputs(residual, self._count(target, shape), Metric(hessian, metric.gradient))
         pull, within = residual @ hessian[:, chosen], hessian[chosen][:, chosen]
         columns = torch.linalg.lstsq(within, pull.T, driver="gelsd").solution.T if len(chosen) else pull
@@ -104,7 +105,7 @@ def chosen_inputs(residual: Tensor, count: int, metric: Metric) -> Tensor:
     left = metric.hessian.clone()  # H̃
     pull = residual @ left
     first = left.diagonal().clone()
-    free = torch.ones(len(first), dtype=torch.bool)
+    free = torch.ones_like(first, dtype=torch.bool)
     chosen = []
     for _ in range(count):
         pivot = left.diagonal()
@@ -116,4 +117,4 @@ def chosen_inputs(residual: Tensor, count: int, metric: Metric) -> Tensor:
             column = left[:, j] / pivot[j]
             pull = pull - torch.outer(pull[:, j], column)
             left = left - torch.outer(column, left[j])
-    return torch.tensor(sorted(chosen), dtype=torch.int64)
+    return torch.tensor(sorted(chosen), dtype=torch.int64, device=residual.device)

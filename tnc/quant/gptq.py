@@ -98,7 +98,7 @@ def _round_lines(
     """Formats that code anti-diagonals: columns in natural order, feedback as everywhere."""
     found = feedback(hessian, damping, order=torch.arange(len(hessian)))
     grid = fit_grid(weight, format, importance=hessian.diagonal(), clip_ratios=clip_ratios)
-    rings = Rings.of(grid, torch.ones(len(weight)), found.pivots)
+    rings = Rings.of(grid, found.pivots.new_ones(len(weight)), found.pivots)
     codes = round_rings(weight, rings, None, found.factor)
     return QuantizerResult(grid.term(codes), found.damping, found.notes + encoder_notes(format))
 

@@ -54,10 +54,10 @@ class Rings:
         return row, number - row
 
     def encode(self, number: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (L,) uint8 and values (L,) float32 of an anti-diagonal, nearest to ``targets`` (L,)."""
+        """Codes (L,) uint8 and values (L,) float32 of an anti-diagonal, nearest to ``targets`` (L,), found on the CPU."""
         row, column = self.line(number)
         scale, costs = self.scale[row, column], self.costs[row, column]
-        wanted = targets.float() / scale.masked_fill(scale == 0, torch.inf)
+        wanted, costs = (targets.float() / scale.masked_fill(scale == 0, torch.inf)).cpu(), costs.cpu()
         codes, levels = torch.empty(len(row), dtype=torch.uint8), torch.empty(len(row))
         by_length: dict[int, list[Tensor]] = {}
         for first, last in self.format.sequences(len(row)):
@@ -66,7 +66,7 @@ class Rings:
             at = torch.stack(rings, 1)  # (T, B)
             codes[at] = found = encode_rings(self.format, wanted[at], costs[at])
             levels[at] = self.format.ring_levels(found)
-        return codes, scale * levels
+        return codes.to(scale.device), scale * levels.to(scale.device)
 
 
 def round_rings(
@@ -84,7 +84,7 @@ def round_rings(
     Cost: that of `LineFeedback` and the encoder's, see `encode`; float32.
     """
     weight = weight.float().contiguous()
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
     upper = None if row_factor is None else row_factor.float()
     feedback = LineFeedback(upper, column_factor.float(), len(weight), tile)
     for number in range(rings.lines):
