@@ -42,9 +42,14 @@ class Row:
     recipe: Recipe
 
     @property
-    def whole(self) -> bool:
-        """Whether layers depend on each other, so that the model is compressed as a whole, on text."""
-        return self.recipe.block_steps > 0 or any(isinstance(t, DenseTarget) for t in self.recipe.transforms)
+    def sequential(self) -> bool:
+        """Whether it aims at the dense outputs from compressed inputs, and so is calibrated block by block."""
+        return any(isinstance(each, DenseTarget) for each in self.recipe.transforms)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether statistics alone do not make it."""
+        return self.recipe.block_steps > 0 or self.sequential
 
 
 def rows(widths: list[int], only: str = "") -> Iterator[Row]:

@@ -5,14 +5,15 @@
 A row is (recipe, bits, seed): bits per weight, held-out error, predicted nats, seconds of one core, and KL, Δloss and
 perplexity on held-out text beside the dense model. Layers of all rows are one queue for processes of one thread; the
 first process scores rows and writes them as they come. Rows that ``--out`` or a file of ``--known`` has are not made
-again, and ``--seconds`` starts no row after that time. Recipes that need text (`Row.whole`) are made with ``--whole``,
-by the first process. `benchmarks.recipe_tables` makes tables of the files.
+again, and ``--seconds`` starts no row after that time. With ``--on-device`` the first process makes rows as
+`tnc.compress` does, on its device, recipes that need text too. `benchmarks.recipe_tables` makes tables of the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from benchmarks.results import read, write
 from benchmarks.run import machine
 from benchmarks.windows import spread
 from benchmarks.workshop import Made
-from tnc import calibrate, compress
+from tnc import LayerStats, calibrate, compress, load_stats, save_stats
 from tnc.decompose import Decomposition
 from tnc.decompose.best import decompose_by
 from tnc.decompose.shared import decompose_shared
@@ -113,27 +114,48 @@ def made_by_layers(jobs: int) -> Iterator[tuple[Task, dict[str, Made], float]]:
                 yield task, partial.pop(part.task), seconds[part.task]
 
 
-def made_whole(
+def made_on_device(
     tasks: Iterable[Task], start: Start, arguments: argparse.Namespace
 ) -> Iterator[tuple[Task, dict[str, Made], float]]:
-    """Tasks whose layers depend on each other, on the device; with a dense target behind compressed layers."""
-    device = next(start.dense.parameters()).device
+    """Finished tasks, as `compress` makes them of the model on its device; what fails is left out and says so."""
+    device, known = next(start.dense.parameters()).device, {}
     for task in tasks:
-        began, made = time.monotonic(), {}
+        began, made, row = time.monotonic(), {}, task.row
         text = calibration_batches(start.tokenizer, read_text(arguments.calib), context=arguments.context,
                                    sequences=arguments.sequences, seed=task.seed)  # fmt: skip
         batches = [batch.to(device) for batch in text]
-        if task.row.recipe.block_steps:
-            stats = calibrate(start.dense, batches, seed=task.seed)
-            small = compress(start.dense, task.row.recipe, batches, stats=stats, seed=task.seed)
-        else:
-            small = compress(start.dense, task.row.recipe, batches, sequential=True, seed=task.seed)
+        try:
+            if row.sequential:
+                small = compress(start.dense, row.recipe, batches, sequential=True, seed=task.seed)
+            else:
+                if task.seed not in known:
+                    known = {task.seed: calibrate(start.dense, batches, seed=task.seed)}
+                small = compress(start.dense, row.recipe, batches, stats=known[task.seed], seed=task.seed)
+        except (TNCError, RuntimeError) as error:
+            print(f"{row.recipe.describe()} seed {task.seed} left out: {error}", flush=True)
+            continue
         for name in start.weights:
             layer: Any = small.get_submodule(name)
             report = layer.report
             nats, heldout = float(report["predicted_nats"] or 0), float(report["heldout_relative_error"] or 0)
             made[name] = Made(report["storage_bits"], nats, heldout, layer.operator.to_dense().float().cpu())
         yield task, made, time.monotonic() - began
+
+
+def _statistics(arguments: argparse.Namespace, seeds: list[int]) -> dict[int, dict[str, LayerStats]]:
+    """Of every seed, from a process of its own: processes forked after a backward pass cannot run one."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {seed: Path(folder) / f"{seed}.safetensors" for seed in seeds}
+        calibrating = multiprocessing.get_context("spawn").Process(target=_calibrate, args=(arguments, paths))
+        calibrating.start()
+        calibrating.join()
+        return {seed: dict(load_stats(path)) for seed, path in paths.items()}
+
+
+def _calibrate(arguments: argparse.Namespace, paths: Mapping[int, Path]) -> None:
+    start = Start.of(arguments)
+    for seed, path in paths.items():
+        save_stats(start.statistics(arguments, seed), path)
 
 
 def _start(arguments: argparse.Namespace) -> Start:
@@ -152,17 +174,17 @@ def run(arguments: argparse.Namespace) -> None:
         "model": arguments.model.name,
         "dense": evaluate(start.dense, start.windows).to_json(),
     }
-    chosen = [row for row in rows(arguments.widths, arguments.only) if row.whole == arguments.whole]
+    chosen = [row for row in rows(arguments.widths, arguments.only) if arguments.on_device or not row.needs_text]
     known = {
         (r["options"], r["bits"], r["seed"]) for path in (arguments.out, *arguments.known) for r in read(path)["rows"]
     }
     tasks = [task for row in chosen for task in (Task(row, seed) for seed in arguments.seeds) if task.key not in known]
     if not tasks:
         return
-    if arguments.whole:
-        done = made_whole(tasks, start, arguments)
+    if arguments.on_device:
+        done = made_on_device(tasks, start, arguments)
     else:
-        stats = {seed: start.statistics(arguments, seed) for seed in dict.fromkeys(task.seed for task in tasks)}
+        stats = _statistics(arguments, list(dict.fromkeys(task.seed for task in tasks)))
         _WORK.update(weights=start.weights, tasks=tasks, stats=stats)
         done = made_by_layers(arguments.jobs)
     for task, made, seconds in done:
@@ -190,7 +212,7 @@ def main() -> None:
     own.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4])
     own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration windows and labels")
     own.add_argument("--only", default="", help="pattern of recipe names")
-    own.add_argument("--whole", action="store_true", help="recipes that need text, and no others")
+    own.add_argument("--on-device", action="store_true", help="in the first process, recipes that need text, too")
     own.add_argument("--known", type=Path, nargs="*", default=[], help="files whose rows are not made again")
     own.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     run(own.parse_args())
