@@ -13,6 +13,7 @@ from tnc.decompose.dense_target import DenseTarget
 _PLAIN = {"group_size": 64}
 _COARSE = {"group_size": 128, "factor_bits": 4}
 _SIGNS = 0.01  # bits a weight that signs of rotations and padding of small layers may take
+_STRICT = ("best_at_bits", "yaqa_trellis_lr")  # stay within the bits of plain integers
 
 _GROUPS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("best_at_bits",), {}),  # takes the bits alone
@@ -34,7 +35,7 @@ class Row:
     """What one row of the table is made by.
 
     Attributes:
-        bits: of the base; all rows of one width store about ``bits + (16 + bits) / 64``.
+        bits: of the base; rows of one width store about ``bits + (16 + bits) / 64`` a weight.
         recipe: with its options.
     """
 
@@ -63,5 +64,6 @@ def rows(widths: list[int], only: str = "") -> Iterator[Row]:
             takes = RECIPES[name].options
             found: dict[str, Any] = {"bits": bits} if "bits" in takes else {}
             if "rank" in takes:
-                found["rank"] = BitsPerWeight(bits + (16 + bits) / 64 + _SIGNS)
+                plain = bits + (16 + bits) / 64
+                found["rank"] = BitsPerWeight(round(plain, 2) if name in _STRICT else plain + _SIGNS)
             yield Row(bits, recipe(name, **{**found, **options}))

@@ -54,7 +54,7 @@ class Rings:
         return row, number - row
 
     def encode(self, number: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (L,) uint8 and values (L,) float32 of an anti-diagonal, nearest to ``targets`` (L,), found on the CPU."""
+        """Codes (L,) uint8 and values (L,) float32 of an anti-diagonal, nearest to ``targets`` (L,); on the CPU."""
         row, column = self.line(number)
         scale, costs = self.scale[row, column], self.costs[row, column]
         wanted, costs = (targets.float() / scale.masked_fill(scale == 0, torch.inf)).cpu(), costs.cpu()
