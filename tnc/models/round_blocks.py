@@ -24,7 +24,7 @@ from tnc.models.blocks import BlockCall, BlockWalk, quiet, run_block
 from tnc.models.layers import weight_of
 from tnc.models.sequences import Batch, SequenceBatch, read_sequences
 from tnc.modules import FactoredLinear
-from tnc.quant.learned import Descent, Schedule
+from tnc.quant.descent import Descent, Schedule
 from tnc.stats import LayerStats
 from tnc.terms import Dense, Expression, Product, Quantized, Sum, dense64, map_tensors
 
