@@ -17,7 +17,8 @@ from tnc.decompose import (
     quantize_factors,
     truncated_svd,
 )  # fmt: skip
-from tnc.decompose.factors import refit_right, spread
+from tnc.decompose.factor_basis import spread
+from tnc.decompose.factors import refit_right
 from tnc.errors import BudgetError, FormatError, RankError, RecipeError
 from tnc.formats import IntFormat, number_format
 from tnc.metric import Metric

@@ -4,7 +4,8 @@ from tnc.decompose import catalogue  # noqa: F401  registers the recipes
 from tnc.decompose.chosen_modes import ChosenModesStage
 from tnc.decompose.dense_target import DenseTarget
 from tnc.decompose.engine import Decomposition, decompose
-from tnc.decompose.factors import FactorFormats, quantize_factors
+from tnc.decompose.factor_formats import FactorFormats
+from tnc.decompose.factors import quantize_factors
 from tnc.decompose.gate import Gate
 from tnc.decompose.learnt_scaling import LearntScaling
 from tnc.decompose.low_rank import compensate, truncated_svd

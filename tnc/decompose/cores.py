@@ -94,7 +94,7 @@ def quantize_cores(
     before it; its codes and scales are then improved in the same moments (`tnc.quant.refine`). In later rounds each
     core in turn is solved for with all others as stored, and rounded again. The operator of least error is kept.
     Before the first round the weight of each bond is shared evenly by its two cores, and spread over its components by
-    a random rotation (as `tnc.decompose.factors.spread`), which costs nothing to run.
+    a random rotation (as `tnc.decompose.factor_basis.spread`), which costs nothing to run.
 
     Args:
         weight: (m, n).

@@ -8,13 +8,13 @@ arXiv:2310.11028, here in ``G ⊗ H``; docs/low-rank.md derives it).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tnc.errors import FormatError
-from tnc.formats import NumberFormat
+from tnc.decompose.factor_basis import spread
+from tnc.decompose.factor_formats import FactorFormats
 from tnc.metric import Metric
 from tnc.quant import quantizer
 from tnc.stats import LayerStats, Moments
@@ -22,42 +22,6 @@ from tnc.terms import Expression, LowRank, Product, dense64
 
 # Eigenvalues of an equilibrated Gram matrix below this are the noise of the float32 products behind H.
 _NOISE = 1e-7
-
-
-@dataclass(frozen=True)
-class FactorFormats:
-    """Number formats of the two factors of a low-rank term.
-
-    Attributes:
-        left: of the factor (out_features, rank).
-        right: of the factor (rank, in_features).
-    """
-
-    left: NumberFormat
-    right: NumberFormat
-
-    @classmethod
-    def of(cls, format: NumberFormat | FactorFormats) -> FactorFormats:
-        """A format for both; rows of ``left`` are short, so there its group size becomes one group a row."""
-        return format if isinstance(format, FactorFormats) else cls(replace(format, group_size=None), format)  # type: ignore[type-var]
-
-    def stored_bits(self, shape: tuple[int, int], rank: int) -> int:
-        """Bits of both factors of a weight ``shape``; codes, scales and zero points.
-
-        Raises:
-            FormatError: if a group size does not divide the row of its factor.
-        """
-        if rank == 0:
-            return 0
-        return self.left.stored_bits((shape[0], rank)) + self.right.stored_bits((rank, shape[1]))
-
-    def fits(self, rank: int) -> bool:
-        """Whether rows of ``left`` of this length can be stored."""
-        try:
-            self.left.group_of(max(rank, 1))
-        except FormatError:
-            return False
-        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,49 +137,12 @@ def _round(
     )  # fmt: skip
 
 
-def spread(
-    lefts: Sequence[Tensor], right: Tensor, metrics: Sequence[Metric], *, seed: int = 0
-) -> tuple[list[Tensor], Tensor]:
-    """The same products ``left @ right`` in the basis in which rounding the rows of ``right`` costs least.
-
-    Rounding row i to a range of its own leaves ``gᵢ² ‖δᵢ‖²``, ``gᵢ`` the G-length of column i of the left factors and
-    ``‖δᵢ‖`` in proportion to the row's length ``rᵢ``: ``Σ gᵢ² rᵢ²`` in total. After scaling row i by ``cᵢ`` and a
-    rotation that mixes all components alike, it is ``Σ gᵢ² / cᵢ² · Σ cᵢ² rᵢ² / k``, least at ``cᵢ² = gᵢ / rᵢ``, where
-    it is ``(Σ gᵢ rᵢ)² / k``: by Cauchy and Schwarz never more, and less the faster the spectrum falls. An eigensolver
-    returns a component with either sign; the largest entry of each row of ``right`` is made positive, so that the
-    rounded factors do not follow it: what was planned is what is made.
-
-    Args:
-        lefts: (m_i, k) each.
-        right: (k, n).
-        metrics: their G are those of the lengths of the left factors.
-        seed: of the random rotation.
-    """
-    squares = [(a * metric.times_gradient(a)).sum(0).clamp_min(0) for a, metric in zip(lefts, metrics, strict=True)]
-    weight = torch.stack(squares).sum(0).sqrt()
-    length: Tensor = torch.linalg.vector_norm(right, dim=1)
-    # a component that G or the row does not show keeps out of the way of the others
-    scale = (_floored(weight) / _floored(length)).sqrt()
-    largest = right.gather(1, right.abs().argmax(1, keepdim=True)).squeeze(1)
-    scale = torch.where(largest < 0, -scale, scale)
-    generator = torch.Generator().manual_seed(seed)
-    square = torch.randn(len(scale), len(scale), generator=generator, dtype=torch.float64).to(right.device)
-    rotation: Tensor = torch.linalg.qr(square).Q
-    return [(left / scale) @ rotation.T for left in lefts], rotation @ (right * scale.unsqueeze(1))
-
-
 def refit_right(residuals: Sequence[Tensor], lefts: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
     """``(Σ leftᵀ G left)⁺ Σ leftᵀ G D``: the best right factor (k, n) for left factors (m_i, k), whatever H."""
     weighted = [metric.times_gradient(left) for left, metric in zip(lefts, metrics, strict=True)]
     gram = torch.stack([left.T @ w for left, w in zip(lefts, weighted, strict=True)]).sum(0)
     seen = torch.stack([w.T @ residual for w, residual in zip(weighted, residuals, strict=True)]).sum(0)
     return pseudoinverse(gram) @ seen
-
-
-def _floored(lengths: Tensor) -> Tensor:
-    """Lengths of at least 1e-12 of the largest; 1 where all are 0."""
-    largest = float(lengths.max())
-    return lengths.clamp_min(1e-12 * largest) if largest > 0 else torch.ones_like(lengths)
 
 
 class FactorTarget:

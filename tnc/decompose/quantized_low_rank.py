@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tnc.column_space import Solver, spectrum
-from tnc.decompose.factors import FactorFormats, QuantizedFactors, quantize_factors
+from tnc.decompose.factor_formats import FactorFormats
+from tnc.decompose.factors import QuantizedFactors, quantize_factors
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.decompose.sizes import BitsPerWeight, Rank, RelativeError, Size, fixed_rank, rank_within_bits
 from tnc.errors import BudgetError

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tnc.column_space import column_space
 from tnc.decompose.engine import Decomposition, bits_of_others
-from tnc.decompose.factors import FactorFormats, quantize_shared_factors
+from tnc.decompose.factor_formats import FactorFormats
+from tnc.decompose.factors import quantize_shared_factors
 from tnc.decompose.report import measure
 from tnc.decompose.sizes import BitsPerWeight, RelativeError, check_useful, fixed_rank, float_bits, rank_within_bits
 from tnc.decompose.stages import Fitted, LowRankStage, Stage, Target

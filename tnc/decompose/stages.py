@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tnc.column_space import Solver
-from tnc.decompose.factors import FactorFormats
+from tnc.decompose.factor_formats import FactorFormats
 from tnc.decompose.gate import Gate, describe, heldout_error
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.decompose.quantized_low_rank import fit_quantized_low_rank

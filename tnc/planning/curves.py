@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tnc.decompose.factors import FactorFormats, FactorTarget, quantize_shared_factors
+from tnc.decompose.factor_formats import FactorFormats
+from tnc.decompose.factors import FactorTarget, quantize_shared_factors
 from tnc.decompose.low_rank import fit_low_rank
 from tnc.planning.fits import FittedBase, LayerFits, fit_bases
 from tnc.planning.portfolio import PLAIN, Choice, Portfolio

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnc.decompose.factors import FactorFormats, FactorTarget, quantize_shared_factors
+from tnc.decompose.factor_formats import FactorFormats
+from tnc.decompose.factors import FactorTarget, quantize_shared_factors
 from tnc.decompose.shared import charged_bits, shared_factors
 from tnc.planning.allocate import Menu, front
 from tnc.planning.curves import ErrorCurve, LayerCurves, Option, curves_of
