@@ -72,7 +72,7 @@ def test_a_sweep_alone_never_raises_the_error(kind, seed, block, monkeypatch):
     ]
     stats = LayerStats.from_hessian(sides[0], sides[1] if kind == "both" else None, tokens=9)
     weight = weight_of(seed, rows, columns)
-    term, metric = rtn(weight, IntFormat(4, 8), clip_ratios=(1.0,)), _Sides.of(Metric.auto(stats), (rows, columns))
+    term, metric = rtn(weight, IntFormat(4, 8), clip_ratios=(1.0,)), _Sides.of(Metric.auto(stats), weight)
     errors = [squared(weight, term, stats)]
     for _ in range(3):
         term = _swept(weight, term, metric)
@@ -88,7 +88,7 @@ def test_no_single_code_can_be_moved_at_the_end(kind, seed, monkeypatch):
     rows, columns = 4, 8
     weight, stats = weight_of(seed, rows, columns), stats_of(seed, rows, columns, kind)
     term = rtn(weight, IntFormat(2, 8), stats=stats)
-    sides = _Sides.of(Metric.auto(stats), (rows, columns))
+    sides = _Sides.of(Metric.auto(stats), weight)
     for _ in range(20):
         term = _swept(weight, term, sides)
     least, grid = squared(weight, term, stats), Grid.of(term)
@@ -113,7 +113,7 @@ def test_brute_force_optimum_is_the_floor(kind):
         floor = float((error * pulled).sum((1, 2)).min())
         swept = term
         for _ in range(5):
-            swept = _swept(weight, swept, _Sides.of(Metric.auto(stats), (2, 4)))
+            swept = _swept(weight, swept, _Sides.of(Metric.auto(stats), weight))
         found = squared(weight, swept, stats)
         assert found >= floor * (1 - 1e-6)
         reached.append(found / floor)
@@ -127,7 +127,7 @@ def test_scales_are_the_least_squares_solution(format, kind):
     weight, stats = weight_of(3, rows, columns), stats_of(3, rows, columns, kind, tokens=200)
     metric = Metric() if stats is None else Metric.auto(stats)
     term = rtn(weight, format, stats=stats, clip_ratios=(0.7,))
-    refitted = refit_scales(weight, term, _Sides.of(metric, (rows, columns)).pull)
+    refitted = refit_scales(weight, term, _Sides.of(metric, weight).pull)
     # every group's levels as one column of a least-squares problem in the root of G ⊗ H
     layout, dense = term.layout, term.to_dense().double()
     basis = []
@@ -149,7 +149,7 @@ def test_codes_of_diagonal_statistics_are_already_best():
     c = case(0, 6, 2, 8, 3)
     stats = LayerStats.from_hessian(torch.diag(c.hessian.diagonal()), tokens=9)
     term = rtn(c.weight, c.format, stats=stats)
-    swept = _swept(c.weight.float(), term, _Sides.of(Metric.auto(stats), (6, 16)))
+    swept = _swept(c.weight.float(), term, _Sides.of(Metric.auto(stats), c.weight))
     assert torch.equal(swept.codes, term.codes)
 
 

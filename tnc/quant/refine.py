@@ -62,7 +62,7 @@ def refine(
         metric = Metric() if stats is None else Metric.auto(stats)
     reference = weight.double()
     best, least = term, metric.squared_norm(reference - dense64(term))
-    sides = _Sides.of(metric, (weight.shape[0], weight.shape[1]))
+    sides = _Sides.of(metric, weight)
     current, narrow = term, weight.float()
     for _ in range(sweeps):
         current = _swept(narrow, current, sides)
@@ -84,10 +84,10 @@ class _Sides:
     hessian: Tensor
 
     @classmethod
-    def of(cls, metric: Metric, shape: tuple[int, int]) -> _Sides:
-        identity = torch.ones(shape[1])
-        gradient = None if metric.gradient is None else _normal(metric.gradient)
-        return cls(gradient, _normal(identity if metric.hessian is None else metric.hessian))
+    def of(cls, metric: Metric, weight: Tensor) -> _Sides:
+        identity = torch.ones(weight.shape[1], device=weight.device)
+        gradient = None if metric.gradient is None else _normal(metric.gradient).to(weight.device)
+        return cls(gradient, _normal(identity if metric.hessian is None else metric.hessian).to(weight.device))
 
     def pull(self, error: Tensor) -> Tensor:
         """``G E H``: minus half the slope of the squared error."""
@@ -113,7 +113,7 @@ class _Sides:
 
     def batches(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and columns of entries that are moved together; all entries once."""
-        down, columns = torch.arange(rows), len(self.hessian)
+        down, columns = torch.arange(rows, device=self.hessian.device), len(self.hessian)
         for shift in range(columns):
             yield down, torch.full_like(down, shift) if self.gradient is None else (down + shift) % columns
 
@@ -136,7 +136,7 @@ def _swept(weight: Tensor, term: Quantized, sides: _Sides) -> Quantized:
     grid, columns = Grid.of(term), weight.shape[1]
     if not term.format.columns_alone:
         across = sides.hessian.diagonal()
-        down = torch.ones(len(weight)) if sides.gradient is None else sides.gradient.diagonal()
+        down = torch.ones(len(weight), device=weight.device) if sides.gradient is None else sides.gradient.diagonal()
         return improve_rings(weight, term, Rings.of(grid, down, across), sides.hessian, sides.gradient)
     levels = grid.levels(torch.float32, torch.arange(columns, device=weight.device), len(weight))
     values = term.to_dense().float().clone()
