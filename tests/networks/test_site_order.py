@@ -17,11 +17,12 @@ from tnc.decompose import (
     decompose,
     truncated_svd,
 )
-from tnc.errors import RankError, ShapeError
+from tnc.errors import LawError, RankError, ShapeError
 from tnc.metric import Metric
 from tnc.networks import Rows, shared_order, tt_svd
 from tnc.networks.site_order import assigned, best_order, site_order
 from tnc.terms import Dense, dense64
+from tnc.testing import check_order_blind
 
 
 @settings(max_examples=20)
@@ -57,11 +58,9 @@ def test_a_hidden_order_is_partly_found():
 
 
 def test_permuting_leaves_the_svd_alone_but_not_the_mpo():
-    problem = well_conditioned(16, 36, 0)
-    weight, order = problem.weight, torch.randperm(36, generator=generator(2))
-    svd = [float((w - truncated_svd(w, 4).to_dense()).norm()) for w in (weight, weight[:, order])]
-    mpo = [float((w - tt_svd(w, max_rank=4).to_dense()).norm()) for w in (weight, weight[:, order])]
-    assert svd[0] == pytest.approx(svd[1], rel=1e-9) and abs(mpo[0] - mpo[1]) > 1e-4 * mpo[0]
+    check_order_blind(lambda w, rank, metric: truncated_svd(w, rank, metric=metric), max_examples=30)
+    with pytest.raises(LawError, match="order_does_not_matter"):
+        check_order_blind(lambda w, rank, metric: decompose(w, (MpoStage(rank),)).operator)
 
 
 def test_the_order_is_stored_and_counted_as_a_transform():

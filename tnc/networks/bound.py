@@ -37,6 +37,7 @@ def mpo_lower_bound(weight: Tensor, mpo: Mpo, metric: Metric) -> tuple[float, st
         return 0.0, "lower bound not computed: the padding of the operator is free"
     if max(*sides, *weight.shape) > SIDE_LIMIT:
         return 0.0, f"lower bound not computed: an unfolding or a side of the metric is above {SIDE_LIMIT}"
+    metric = metric.to(torch.float64, weight.device)
     kronecker = KroneckerMetric.nearest(metric, weight, mpo.out_modes, mpo.in_modes)
     share = _share(metric.gradient, kronecker.gradient) * _share(metric.hessian, kronecker.hessian)
     whitened = kronecker.whitened(site_tensor(weight, mpo.out_modes, mpo.in_modes, torch.float64))

@@ -135,7 +135,7 @@ def scaled_by(weight: Tensor, metric: Metric) -> Tensor:
     for axis, side in enumerate((metric.gradient, metric.hessian)):
         if side is not None:
             diagonal = side if side.ndim == 1 else side.diagonal()
-            weight = weight * diagonal.double().clamp_min(0).sqrt().unsqueeze(1 - axis)
+            weight = weight * diagonal.to(weight.device, torch.float64).clamp_min(0).sqrt().unsqueeze(1 - axis)
     return weight
 
 

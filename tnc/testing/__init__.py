@@ -16,8 +16,14 @@ require_hypothesis()
 
 from tnc.testing.decomposer_laws import check_decomposer  # noqa: E402
 from tnc.testing.expressions import expressions  # noqa: E402
-from tnc.testing.form_laws import check_form  # noqa: E402
+from tnc.testing.form_laws import check_form, check_order_blind  # noqa: E402
 from tnc.testing.matrices import HESSIANS, SPECTRA, make_hessian, make_weight  # noqa: E402
+from tnc.testing.mpo_algebra_laws import (  # noqa: E402
+    check_mpo_batch,
+    check_mpo_gauge,
+    check_mpo_product,
+    check_mpo_sum,
+)
 from tnc.testing.mpo_change_laws import RefineCase, check_mpo_refiner, check_mpo_rounder, refine_cases  # noqa: E402
 from tnc.testing.mpo_laws import (  # noqa: E402
     MpoCase,
@@ -34,8 +40,9 @@ from tnc.testing.term_laws import check_term  # noqa: E402
 
 __all__ = [
     "HESSIANS", "METRICS", "SPECTRA", "MpoCase", "RefineCase", "WeightedProblem", "check_decomposer", "check_form",
-    "check_mpo_approximation", "check_mpo_decomposer", "check_mpo_refiner", "check_mpo_rounder",
-    "check_mpo_tolerance", "check_quantizer", "check_term", "entry_formats", "expressions", "formats", "hessians",
-    "int_formats", "make_hessian", "make_problem", "make_weight", "mpo_cases", "mpos", "refine_cases",
-    "weighted_problems", "weights",
+    "check_mpo_approximation", "check_mpo_batch", "check_mpo_decomposer", "check_mpo_gauge", "check_mpo_product",
+    "check_mpo_refiner", "check_mpo_rounder", "check_mpo_sum", "check_mpo_tolerance", "check_order_blind",
+    "check_quantizer", "check_term", "entry_formats", "expressions", "formats", "hessians", "int_formats",
+    "make_hessian", "make_problem", "make_weight", "mpo_cases", "mpos", "refine_cases", "weighted_problems",
+    "weights",
 ]  # fmt: skip

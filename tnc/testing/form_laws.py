@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tnc.metric import Metric
+from tnc.terms import dense64
 from tnc.testing.decomposer_laws import (
     Decomposer,
     RankCase,
@@ -68,11 +71,46 @@ def check_form(
     return search_laws(laws, decomposer, cases(), max_examples=max_examples, seed=seed)
 
 
+def check_order_blind(
+    decomposer: Decomposer, *, problems: st.SearchStrategy[WeightedProblem] | None = None, max_examples: int = 50,
+    seed: int | None = 0,
+) -> tuple[str, ...]:  # fmt: skip
+    """Check that a decomposer takes rows and columns in any order: so does low rank, and no network over modes.
+
+    Raises:
+        LawError: with a case whose error changes with the order.
+    """
+
+    @st.composite
+    def cases(draw: st.DrawFn) -> RankCase:
+        problem = draw(weighted_problems() if problems is None else problems)
+        return RankCase(problem, draw(st.integers(0, min(problem.weight.shape))))
+
+    return search_laws((order_does_not_matter,), decomposer, cases(), max_examples=max_examples, seed=seed)
+
+
+def order_does_not_matter(decomposer: Decomposer, case: RankCase) -> None:
+    """The error of a weight with its rows and columns in another order is the same in the metric in that order."""
+    weight, metric = case.problem.weight, case.problem.metric
+    rows, columns = (torch.cat([torch.arange(1, size, 2), torch.arange(0, size, 2)]) for size in weight.shape)
+    moved = weight[rows][:, columns].contiguous()
+    there = Metric(_moved(metric.hessian, columns), _moved(metric.gradient, rows))
+    error, _, allowance = judge(decomposer, case)
+    other = error_in(there, moved.double() - dense64(decomposer(moved, case.rank, there)))
+    require(abs(other - error) <= 2 * allowance, f"expected an error of {error:.9g} in any order; got {other:.9g}")
+
+
 def never_worse_than_nothing(decomposer: Decomposer, case: RankCase) -> None:
     """The error is at most that of the zero matrix."""
     error, _, allowance = judge(decomposer, case)
     nothing = error_in(case.problem.metric, case.problem.weight.double())
     require(error <= nothing + allowance, f"expected an error of at most {nothing:.9g}; got {error:.9g}")
+
+
+def _moved(side: Tensor | None, order: Tensor) -> Tensor | None:
+    if side is None or side.ndim == 1:
+        return None if side is None else side[order]
+    return side[order][:, order]
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:
