@@ -62,7 +62,7 @@ def tall(columns, group, slots):
 def trellis(bits, units, warps):
     """The trellis tile of 16 tokens with factors of rank 64."""
     fixed = dict(BM=16, K=4096, LINES=4144, BITS=bits, STATE=12, RK=64, RB=64, KS=16, PRODUCERS=16, BK=64, SK=8,
-                 STEPS=8, MANY=units, EACH=256, UNITS=256, F32=False, ASM=True, PDL=True)
+                 STEPS=8, MANY=units, SOME=64, SEVERAL=8, EACH=256, UNITS=256, F32=False, ASM=True, PDL=True)
     one = dict(x="*bf16", turned="*bf16", stream="*i32", firsts="*i32", items="*i32", fixes="*i32", steps="*fp32",
                left="*bf16", right="*bf16", t="*bf16", tslab="*fp32", slab="*fp32", counters="*i32", y="*bf16")
     return counted(trellis_tile, fixed, one, warps)
