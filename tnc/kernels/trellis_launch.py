@@ -122,8 +122,8 @@ def tile(x: Tensor, coded: Coded) -> Tensor:
         x, turned, coded.stream, *coded.fixed, coded.steps, coded.left, coded.right, t, parts, slab,
         counters(x.device).take(4 + producers + blocks), y, tokens, rows, max(rank, 1), items, turns, block, columns,
         coded.lines, coded.bits, coded.state_bits, padded, ranks, chunks, producers, config["across"], splits, steps,
-        config["units"], EACH, coded.units, INTERPRETED, not INTERPRETED, pdl, num_warps=config["warps"],
-        **early(pdl),
+        config["units"], min(config["some"], EACH), config["several"], EACH, coded.units, INTERPRETED, not INTERPRETED,
+        pdl, num_warps=config["warps"], **early(pdl),
     )  # fmt: skip
     return y
 

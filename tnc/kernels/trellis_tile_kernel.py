@@ -71,11 +71,10 @@ def turn(x, turned, pid, M, BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 
 
 @triton.jit
-def fixed_tile(turned, fixes, begin, last, BM: tl.constexpr, R: tl.constexpr, EACH: tl.constexpr, F32: tl.constexpr):
+def fixed_tile(turned, fixes, begin, last, BM: tl.constexpr, R: tl.constexpr, SOME: tl.constexpr, F32: tl.constexpr):
     """What the fixes from ``begin`` to ``last`` of a unit add, (BM, R)."""
     m = tl.arange(0, BM)[None, :]
     acc = tl.zeros((BM, R), tl.float32)
-    SOME: tl.constexpr = 64 if EACH > 64 else EACH
     for at in tl.range(begin, last, SOME, num_stages=1):
         each = at + tl.arange(0, SOME)
         which, column, difference = fix_of(fixes, tl.minimum(each, last - 1), last, R)
@@ -90,13 +89,14 @@ def fixed_tile(turned, fixes, begin, last, BM: tl.constexpr, R: tl.constexpr, EA
 def trellis_tile(x, turned, stream, firsts, items, fixes, steps, left, right, t, tslab, slab, counters, y, M, N, RANK,
                  ITEMS, TURNS, BM: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, BITS: tl.constexpr,
                  STATE: tl.constexpr, RK: tl.constexpr, RB: tl.constexpr, KS: tl.constexpr, PRODUCERS: tl.constexpr,
-                 BK: tl.constexpr, SK: tl.constexpr, STEPS: tl.constexpr, MANY: tl.constexpr, EACH: tl.constexpr,
-                 UNITS: tl.constexpr, F32: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 BK: tl.constexpr, SK: tl.constexpr, STEPS: tl.constexpr, MANY: tl.constexpr, SOME: tl.constexpr,
+                 SEVERAL: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, F32: tl.constexpr,
+                 ASM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Up to ``BM`` tokens: ``MANY`` units of rows and ``STEPS`` times ``BK`` columns, levels in the dtype of x.
 
     Besides ``SK`` programs a block of units there is one an item of fixes, which reads x as ``turned`` (in_features,
-    BM), where the tokens of a column lie together: ``TURNS`` programs turn it. The last of a block to arrive adds all
-    in order.
+    BM), where the tokens of a column lie together, ``SOME`` at a time: ``TURNS`` programs turn it. The last of a block
+    to arrive adds all in order, ``SEVERAL`` items at a time.
     """
     pid = tl.program_id(0)
     R: tl.constexpr = 32 if BITS == 3 else 16
@@ -118,7 +118,7 @@ def trellis_tile(x, turned, stream, firsts, items, fixes, steps, left, right, t,
             within = tl.arange(0, R)[None, :]
             grid_wait(PDL)
             fine = handed_over(counters + 2, TURNS, ITEMS)
-            added = fixed_tile(turned, fixes, begin, last, BM, R, EACH, F32)
+            added = fixed_tile(turned, fixes, begin, last, BM, R, SOME, F32)
             added = tl.where(fine, added * tl.load(steps + tl.minimum(unit * R + within, N - 1)), float("nan"))
             tl.store(slab + (item.to(tl.int64) * BM + m) * R + within, added)
         else:
@@ -150,10 +150,10 @@ def trellis_tile(x, turned, stream, firsts, items, fixes, steps, left, right, t,
                     fine = handed_over(counters, PRODUCERS // KS, BLOCKS)
                     for r0 in tl.static_range(0, RK, RB):
                         rank = r0 + tl.arange(0, RB)
-                        b = tl.load(left + safe.to(tl.int64)[None, :] * RANK + rank[:, None],
-                                    mask=(rank < RANK)[:, None], other=0.0)  # fmt: skip
-                        a = tl.load(t + m * RK + rank[None, :], volatile=True)
-                        acc = dot_apart(a, b.to(a.dtype), acc, F32)
+                        factor = tl.load(left + safe.to(tl.int64)[None, :] * RANK + rank[:, None],
+                                         mask=(rank < RANK)[:, None], other=0.0)  # fmt: skip
+                        inner = tl.load(t + m * RK + rank[None, :], volatile=True)
+                        acc = dot_apart(inner, factor.to(inner.dtype), acc, F32)
                     acc = tl.where(fine, acc, float("nan"))
             parts = slab + tl.cast(ITEMS, tl.int64) * (BM * R)
             tl.store(parts + ((block * SK + split).to(tl.int64) * BM + m) * BN + tl.arange(0, BN)[None, :], acc)
@@ -170,8 +170,8 @@ def trellis_tile(x, turned, stream, firsts, items, fixes, steps, left, right, t,
             for each in tl.static_range(SK):
                 place = ((block * SK + each).to(tl.int64) * BM + m) * BN + tl.arange(0, BN)[None, :]
                 acc += tl.load(parts + place, volatile=True)
-            several = tl.arange(0, 4)[:, None, None]
-            for at in tl.range(0, tl.max(last - begin, 0), 4, num_stages=1):
+            several = tl.arange(0, SEVERAL)[:, None, None]
+            for at in tl.range(0, tl.max(last - begin, 0), SEVERAL, num_stages=1):
                 number = begin[None, None, :] + at + several
                 found = slab + (number.to(tl.int64) * BM + m[None, :, :]) * R + (row % R)[None, None, :]
                 acc += tl.sum(tl.load(found, mask=number < last[None, None, :], other=0.0, volatile=True), 0)
