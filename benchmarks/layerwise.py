@@ -8,7 +8,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,10 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
 def measured(arguments: argparse.Namespace, jobs: Sequence[str], measure: Callable[[str], Row]) -> dict[str, Row]:
     """Rows by name, those in ``--out`` and those of ``jobs`` that it lacks; ``measure`` runs in the processes.
 
-    The largest layers go first, so that no process waits long for the last one.
+    Jobs are begun in the order given.
     """
     found = read(arguments.out)
     todo = [job for job in jobs if job not in found["rows"] and re.search(arguments.only, job)]
-    todo.sort(key=_entries, reverse=True)
     found["machine"], found["share"] = machine(), arguments.share
     end = time.monotonic() + arguments.seconds
     with multiprocessing.get_context("fork").Pool(arguments.jobs, _alone) as pool:
@@ -70,12 +69,9 @@ def measured(arguments: argparse.Namespace, jobs: Sequence[str], measure: Callab
     return dict(found["rows"])
 
 
-def _entries(job: str) -> int:
-    """Of the layer, or of all layers of the module, that a job is named after."""
-    module = job.rpartition(".")[0]
-    return (
-        WEIGHTS[job].numel() if job in WEIGHTS else sum(w.numel() for n, w in WEIGHTS.items() if n.startswith(module))
-    )
+def largest_first(layers: Iterable[str]) -> list[str]:
+    """Layers by their entries, so that no process waits long for the last one."""
+    return sorted(layers, key=lambda layer: -WEIGHTS[layer].numel())
 
 
 class _Named:

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.layerwise import STATS, WEIGHTS, Row, kind, load, measured, middle, parser, read
+from benchmarks.layerwise import STATS, WEIGHTS, Row, kind, largest_first, load, measured, middle, parser, read
 from tnc import BitsPerWeight, Metric, MpoStage
 from tnc.decompose import truncated_svd
 from tnc.decompose.rival import rival
@@ -92,7 +92,7 @@ def main() -> None:
     if not arguments.table:
         load(arguments)
         what = partial(layer_row, share=arguments.share, cores=arguments.cores, sweeps=arguments.sweeps)
-        measured(arguments, list(WEIGHTS), what)
+        measured(arguments, largest_first(WEIGHTS), what)
     print("\n".join(tables(read(arguments.out)["rows"])))
 
 

@@ -18,7 +18,7 @@ from math import log2
 import torch
 from torch import Tensor
 
-from benchmarks.layerwise import STATS, WEIGHTS, Row, load, measured, parser, read
+from benchmarks.layerwise import STATS, WEIGHTS, Row, largest_first, load, measured, parser, read
 from benchmarks.networks import error, refined, starts
 from tnc import BitsPerWeight, LayerStats, Metric, MpoStage
 from tnc.decompose import InputPermutation, OutputPermutation
@@ -105,7 +105,7 @@ def main() -> None:
     arguments = parser(__doc__, "results/site_orders.json").parse_args()
     if not arguments.table:
         load(arguments)
-        measured(arguments, [*WEIGHTS, *mlps()], partial(job, share=arguments.share))
+        measured(arguments, [*mlps(), *largest_first(WEIGHTS)], partial(job, share=arguments.share))
     print("\n".join(table(read(arguments.out)["rows"])))
 
 
