@@ -6,10 +6,11 @@ from tnc.networks.bound import mpo_lower_bound
 from tnc.networks.canonical import inner, left_canonical, mixed_canonical, norm, right_canonical
 from tnc.networks.convert import from_quimb_arrays, from_tensorly, to_quimb_arrays, to_tensorly
 from tnc.networks.cross import CrossFit, mpo_cross
-from tnc.networks.entries import Entries, EntrySource, OperatorEntries, TwoSidedMap
+from tnc.networks.entries import Entries, EntrySource
 from tnc.networks.from_operator import LinearMap, tt_svd_of_operator
 from tnc.networks.kronecker import KroneckerMetric, nearest_kronecker
 from tnc.networks.modes import balanced_modes, exact_modes, factorizations, site_modes
+from tnc.networks.operator_entries import OperatorEntries, TwoSidedMap
 from tnc.networks.rounding import round_mpo
 from tnc.networks.shared_order import Rows, SharedOrder, shared_order
 from tnc.networks.site_order import SiteOrder, site_order

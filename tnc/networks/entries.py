@@ -1,4 +1,4 @@
-"""Matrices that are only known entry by entry, or by their products: what cross approximation reads.
+"""Matrices that are only known entry by entry: what cross approximation reads, and how it judges what it found.
 
 A source answers two questions: what stands at these places, and how far an operator is from it. The second is asked
 at places, or along directions, that had no say in the fit, so its answer is an unbiased estimate of the squared error.
@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from tnc.errors import ShapeError, check_finite
-from tnc.networks.from_operator import LinearMap
 from tnc.terms import Mpo
 
-_LINES = 64  # unit vectors multiplied at a time
 _PLACES = 1024  # entries of an operator evaluated at a time
-
-
-class TwoSidedMap(LinearMap, Protocol):
-    """A `LinearMap` with its adjoint, as ``scipy.sparse.linalg.aslinearoperator(A)`` has it."""
-
-    def rmatmat(self, columns: Any, /) -> Any:  # noqa: ANN401
-        """``Aᵀ @ columns``: numpy float64 (out_features, k) to (in_features, k)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ class Entries:
             ShapeError: if they are not k real numbers.
             NonFiniteError: if one is NaN or Inf.
         """
-        return _real(self.function(rows, columns), (len(rows),), "entries"), len(rows)
+        return real_values(self.function(rows, columns), (len(rows),), "entries"), len(rows)
 
     def probe(self, generator: torch.Generator) -> Probe:
         """Random places without repetition, or all."""
@@ -109,60 +100,6 @@ class Entries:
         rows, columns = places // self.shape[1], places % self.shape[1]
         values, cost = self.read(rows, columns)
         return _Places(rows, columns, values, cost, everything=cost == size)
-
-
-@dataclass(frozen=True, eq=False)
-class OperatorEntries:
-    """A matrix given by its products: a place is read with its whole column, or its row where that takes fewer.
-
-    Attributes:
-        operator: the map with its adjoint.
-        directions: random vectors behind an error estimate; all unit vectors where there are no more.
-        draws: random places looked at before each search for a pivot.
-    """
-
-    operator: TwoSidedMap
-    directions: int = 16
-    draws: int = 1
-    unit: str = "products"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return int(self.operator.shape[0]), int(self.operator.shape[1])
-
-    def read(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
-        """Products with unit vectors, 64 at a time.
-
-        Raises:
-            ShapeError, NonFiniteError: if a product has another shape, or holds NaN or Inf.
-        """
-        by_column, by_row = (torch.unique(side, return_inverse=True) for side in (columns, rows))
-        on_columns = len(by_column[0]) <= len(by_row[0])
-        (lines, line), place = (by_column, rows) if on_columns else (by_row, columns)
-        values = torch.empty(len(rows), dtype=torch.float64)
-        for start in range(0, len(lines), _LINES):
-            chunk = lines[start : start + _LINES]
-            units = torch.zeros(self.shape[int(on_columns)], len(chunk), dtype=torch.float64)
-            units[chunk, torch.arange(len(chunk))] = 1
-            here = (line >= start) & (line < start + len(chunk))
-            values[here] = self._product(units, adjoint=not on_columns)[place[here], line[here] - start]
-        return values, len(lines)
-
-    def probe(self, generator: torch.Generator) -> Probe:
-        """Products with random Gaussian vectors, or with all unit vectors."""
-        columns = self.shape[1]
-        everything = columns <= self.directions
-        inputs = (
-            torch.eye(columns, dtype=torch.float64)
-            if everything
-            else torch.randn(columns, self.directions, generator=generator, dtype=torch.float64)
-        )
-        return _Products(inputs, self._product(inputs, adjoint=False), inputs.shape[1], everything)
-
-    def _product(self, columns: Tensor, *, adjoint: bool) -> Tensor:
-        product = self.operator.rmatmat if adjoint else self.operator.matmat
-        return _real(product(columns.numpy()), (self.shape[int(adjoint)], columns.shape[1]), "product")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,31 +115,10 @@ class _Places:
         return int(self.rows[at]), int(self.columns[at])
 
     def error(self, mpo: Mpo) -> Estimate:
-        return _estimate(self._difference(mpo).square(), self.values.square(), everything=self.everything)
+        return estimated(self._difference(mpo).square(), self.values.square(), everything=self.everything)
 
     def _difference(self, mpo: Mpo | None) -> Tensor:
         return self.values if mpo is None else self.values - mpo_entries(mpo, self.rows, self.columns)
-
-
-@dataclass(frozen=True, eq=False)
-class _Products:
-    inputs: Tensor
-    outputs: Tensor
-    cost: int
-    everything: bool
-
-    def worst(self, mpo: Mpo | None = None) -> tuple[int, int]:
-        """In the row of largest norm, the largest entry of the estimate ``(E g) gᵀ`` of the difference E."""
-        difference = self._difference(mpo)
-        row = difference.square().sum(1).argmax()
-        return int(row), int((self.inputs @ difference[row]).abs().argmax())
-
-    def error(self, mpo: Mpo) -> Estimate:
-        errors = self._difference(mpo).square().sum(0)
-        return _estimate(errors, self.outputs.square().sum(0), everything=self.everything)
-
-    def _difference(self, mpo: Mpo | None) -> Tensor:
-        return self.outputs if mpo is None else self.outputs - mpo.linear(self.inputs.T).T
 
 
 def mpo_entries(mpo: Mpo, rows: Tensor, columns: Tensor) -> Tensor:
@@ -226,7 +142,7 @@ def _entries(mpo: Mpo, rows: Tensor, columns: Tensor) -> Tensor:
     return state[:, 0]
 
 
-def _estimate(errors: Tensor, sizes: Tensor, *, everything: bool) -> Estimate:
+def estimated(errors: Tensor, sizes: Tensor, *, everything: bool) -> Estimate:
     """Root of the ratio of two sums of squares, with the standard error of a ratio of means."""
     total = float(sizes.sum())
     if total == 0:
@@ -239,7 +155,7 @@ def _estimate(errors: Tensor, sizes: Tensor, *, everything: bool) -> Estimate:
     return Estimate(ratio**0.5, spread**0.5 / total / (2 * ratio**0.5))
 
 
-def _real(values: Any, shape: tuple[int, ...], name: str) -> Tensor:  # noqa: ANN401
+def real_values(values: Any, shape: tuple[int, ...], name: str) -> Tensor:  # noqa: ANN401
     """``values`` as a float64 tensor on the CPU, checked."""
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(numpy.asarray(values))
     if tuple(tensor.shape) != shape or tensor.is_complex():
