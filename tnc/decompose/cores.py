@@ -20,7 +20,7 @@ from tnc.formats import NumberFormat
 from tnc.metric import Metric
 from tnc.networks.als import best_core, layer_of, local_problem, shift
 from tnc.networks.core_moments import core_moments
-from tnc.networks.local import Layer
+from tnc.networks.layer import Layer
 from tnc.networks.modes import Modes
 from tnc.quant import quantizer, refine
 from tnc.stats import LayerStats, Moments

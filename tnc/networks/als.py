@@ -11,7 +11,8 @@ from torch import Tensor
 from tnc.errors import BudgetError, StatsError, check_matrix, check_same_shape
 from tnc.metric import Metric
 from tnc.networks.canonical import mixed_canonical
-from tnc.networks.local import Layer, Local
+from tnc.networks.layer import Layer
+from tnc.networks.local import Local
 from tnc.stats import LayerStats
 from tnc.terms import Mpo
 

@@ -10,7 +10,8 @@ from tnc.metric import Metric
 from tnc.networks.als import als, layer_of, local_problem, relative_error, stored_like
 from tnc.networks.canonical import mixed_canonical
 from tnc.networks.kronecker import inverse_root, symmetric_root
-from tnc.networks.local import Layer, Local
+from tnc.networks.layer import Layer
+from tnc.networks.local import Local
 from tnc.networks.tt_svd import check_eps
 from tnc.stats import LayerStats
 from tnc.terms import Mpo
