@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     found.add_argument("--sequences", type=int, default=128, help="calibration windows")
     found.add_argument("--share", type=float, default=0.5, help="of 16 bits a weight")
     found.add_argument("--only", default="", help="pattern of layer names")
-    found.add_argument("--jobs", type=int, default=2)
+    found.add_argument("--jobs", type=int, default=2, help="processes; 0 measures in this one")
+    found.add_argument("--device", default="cpu", help="where layers are decomposed; a GPU takes --jobs 0")
     found.add_argument("--seconds", type=float, default=float("inf"), help="wait for no layer after this time")
     found.add_argument("--out", type=Path, default=Path(out))
     found.add_argument("--table", action="store_true", help="print the tables of --out")
@@ -56,17 +58,26 @@ def measured(arguments: argparse.Namespace, jobs: Sequence[str], measure: Callab
     found = read(arguments.out)
     todo = [job for job in jobs if job not in found["rows"] and re.search(arguments.only, job)]
     found["machine"], found["share"] = machine(), arguments.share
+    for name, row in _results(arguments, todo, _Named(measure)):
+        found["rows"][name] = row
+        write(arguments.out, found)
+    return dict(found["rows"])
+
+
+def _results(arguments: argparse.Namespace, todo: Sequence[str], measure: _Named) -> Iterator[tuple[str, Row]]:
+    """Rows as they come, until ``--seconds`` are over."""
     end = time.monotonic() + arguments.seconds
+    if arguments.jobs == 0:
+        _alone()
+        yield from itertools.takewhile(lambda _: time.monotonic() < end, map(measure, todo))
+        return
     with multiprocessing.get_context("fork").Pool(arguments.jobs, _alone) as pool:
-        results = pool.imap_unordered(_Named(measure), todo)
+        results = pool.imap_unordered(measure, todo)
         for _ in todo:
             try:
-                name, row = results.next(timeout=min(max(end - time.monotonic(), 0), 1e6))
+                yield results.next(timeout=min(max(end - time.monotonic(), 0), 1e6))
             except multiprocessing.TimeoutError:
-                break
-            found["rows"][name] = row
-            write(arguments.out, found)
-    return dict(found["rows"])
+                return
 
 
 def largest_first(layers: Iterable[str]) -> list[str]:
@@ -103,7 +114,9 @@ def load(arguments: argparse.Namespace) -> None:
             load_tokenizer(arguments.model), text, context=arguments.context, sequences=arguments.sequences
         )  # fmt: skip
         STATS.update(on_cpu(calibrate(model, [batch.to(device) for batch in batches])))
-    WEIGHTS.update({name: weight_of(layer).detach().cpu().clone() for name, layer in select_layers(model).items()})
+    place = torch.device(arguments.device)
+    WEIGHTS.update({name: weight_of(layer).detach().to(place).clone() for name, layer in select_layers(model).items()})
+    STATS.update({name: each.to(place) for name, each in STATS.items()})
 
 
 def read(path: Path) -> dict[str, Any]:
