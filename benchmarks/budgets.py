@@ -23,14 +23,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.planned_model import Start, parser, totals
+from benchmarks.planned_model import Start, parser, probe_weights, totals
 from benchmarks.results import read, write
 from benchmarks.run import machine
 from tnc import BitsPerWeight, IntFormat, Plan, Portfolio
 from tnc.decompose import InputRotation, OutputRotation, QuantizeStage
 from tnc.errors import BudgetError
 from tnc.models.evaluate import evaluate
-from tnc.planning import AllowedBases, AllowedRanks, Base, Choice, CurveTable, Option, Rules, edit, plan_curves
+from tnc.planning import AllowedBases, AllowedRanks, Base, Choice, CurveTable, Option, Rules, plan_curves, plan_of
 
 _TRELLISES = tuple(f"trellis{bits}_diagonal" for bits in (2, 3, 4))
 
@@ -46,7 +46,9 @@ def portfolio_of(ranks: Sequence[int], *, trellis: bool) -> Portfolio:
     return replace(found, bases={**found.bases, **extra}, factor_ranks=tuple(ranks))
 
 
-def plans(table: CurveTable, budgets: list[float], aims: list[float]) -> Iterator[tuple[str, float, Plan]]:
+def plans(
+    table: CurveTable, budgets: list[float], aims: list[float], probed: Mapping[str, float]
+) -> Iterator[tuple[str, float, Plan]]:
     """Kind, budget and plan; a kind that cannot reach a budget is left out with a line that says so."""
     every = table.portfolio.bases
     gptq = AllowedBases(tuple(name for name in every if not name.startswith(("trellis", "yaqa"))))
@@ -58,7 +60,10 @@ def plans(table: CurveTable, budgets: list[float], aims: list[float]) -> Iterato
     if len(gptq.bases) < len(every):
         rules["planned of all"] = Rules()
         for name in (name for name in every if name.startswith("trellis")):
-            yield name, 0.0, uniform(table, {layer: Choice(name) for layer in table.layers})
+            yield name, 0.0, plan_of(table, {layer: Choice(name) for layer in table.layers})
+    if probed:
+        rules |= {f"{kind}, probed": replace(rules[kind], weights=probed)
+                  for kind in ("bits only", "planned", "planned of all") if kind in rules}  # fmt: skip
     for budget in sorted({*budgets, *aims}):
         for kind, rule in rules.items():
             if budget in budgets or kind.startswith("planned"):
@@ -69,7 +74,7 @@ def plans(table: CurveTable, budgets: list[float], aims: list[float]) -> Iterato
         for kind, ranks in (("uniform", False), ("uniform + factors", True)) if budget in budgets else ():
             choices = uniform_choices(table, budget, ranks=ranks)
             if choices is not None:
-                yield kind, budget, uniform(table, choices)
+                yield kind, budget, plan_of(table, choices)
 
 
 def uniform_choices(table: CurveTable, budget: float, *, ranks: bool) -> dict[str, Choice] | None:
@@ -103,17 +108,6 @@ def _option(table: CurveTable, layer: str, base: str, rank: int, factors: str) -
     return options.get(Choice(base, rank, factors)) or options.get(Choice(whole, rank, factors))
 
 
-def uniform(table: CurveTable, choices: Mapping[str, Choice]) -> Plan:
-    """A plan of given choices, with their bits and nats."""
-    options = {n: next(o for o in table.layers[n].options if o.choice == c) for n, c in choices.items()}
-    stored = sum(option.bits for option in options.values())
-    plain = plan_curves(table, BitsPerWeight(max(16, stored / table.elements)))
-    chosen = edit(plain, choices)
-    layers = {n: replace(each, bits=options[n].bits, nats=options[n].heldout_nats, error=options[n].heldout_error)
-              for n, each in chosen.layers.items()}  # fmt: skip
-    return replace(chosen, layers=layers)
-
-
 def subject(arguments: argparse.Namespace) -> str:
     """What a table is of: the model, its experts where they are layers of their own, and the calibration text."""
     text = (arguments.calib or arguments.stats).name.split(".")[0]
@@ -143,7 +137,9 @@ def _run_seed(
         print(f"{name} seed {seed}: statistics {time.monotonic() - begin:.0f} s", flush=True)
         table = shop.curves(start.model, arguments.curves)
         print(f"{name} seed {seed}: curves {time.monotonic() - begin:.0f} s", flush=True)
-        todo = [each for each in plans(table, arguments.budgets, arguments.aims) if each[:2] not in have]
+        probed = probe_weights(arguments, start, shop, table, seed) if arguments.probes else {}
+        every = plans(table, arguments.budgets, arguments.aims, probed)
+        todo = [each for each in every if each[:2] not in have]
         for at, made in shop.made([plan for *_, plan in todo]):
             kind, budget, plan = todo[at]
             options = Counter(layer.choice.describe() for layer in plan.layers.values())

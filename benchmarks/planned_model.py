@@ -23,7 +23,9 @@ from tnc.experts import unfuse_experts
 from tnc.models.evaluate import Evaluation, evaluate_many
 from tnc.models.hf import load_model, load_tokenizer
 from tnc.models.layers import select_layers, weight_of
+from tnc.models.probes import Probe, probe_plan
 from tnc.models.text import Tokenizer, calibration_batches, read_text, token_windows
+from tnc.planning import CurveTable
 
 DTYPE = torch.float16
 """Of factors and dense layers."""
@@ -43,6 +45,7 @@ def parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
     found.add_argument("--jobs", type=int, default=2)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--fitted", type=Path, help="folder that keeps fitted bases; default a temporary one")
+    found.add_argument("--probes", type=int, default=0, help="windows of the calibration text that probe each layer")
     found.add_argument("--curves", type=Path, help="file that keeps the curves of one seed")
     found.add_argument("--out", type=Path, default=Path(out))
     return found
@@ -84,12 +87,16 @@ class Start:
         """Of one sample of the calibration text, or from the file."""
         if arguments.stats is not None:
             return dict(load_stats(arguments.stats))
+        return on_cpu(calibrate(self.dense, self.calibration(arguments, seed), seed=seed))
+
+    def calibration(self, arguments: argparse.Namespace, seed: int) -> list[Tensor]:
+        """A sample of the calibration text, on the device."""
         batches = calibration_batches(
             self.tokenizer, read_text(arguments.calib), context=arguments.context, sequences=arguments.sequences,
             seed=seed,
         )  # fmt: skip
         device = next(self.dense.parameters()).device
-        return on_cpu(calibrate(self.dense, [batch.to(device) for batch in batches], seed=seed))
+        return [batch.to(device) for batch in batches]
 
     @contextmanager
     def workshop(
@@ -104,17 +111,31 @@ class Start:
         """The model with some weights replaced, on held-out text."""
         return self.scores_of([matrices])[0]
 
-    def scores_of(self, every: Sequence[Mapping[str, Tensor]]) -> list[Evaluation]:
-        """The same for several models, 8 at a time beside the dense one."""
+    def scores_of(
+        self, every: Sequence[Mapping[str, Tensor]], windows: Sequence[Tensor] | None = None
+    ) -> list[Evaluation]:
+        """The same for several models, 8 at a time beside the dense one; on other windows where they are given."""
         found: list[Evaluation] = []
         for first in range(0, len(every), 8):
             models = {str(at): copy.deepcopy(self.dense) for at in range(first, min(first + 8, len(every)))}
             for at, model in models.items():
                 for name, matrix in every[int(at)].items():
                     weight_of(model.get_submodule(name)).data.copy_(matrix)
-            scores = evaluate_many(models, self.windows, reference=self.dense)
+            scores = evaluate_many(models, self.windows if windows is None else windows, reference=self.dense)
             found += [scores[at] for at in models]
         return found
+
+
+def probe_weights(
+    arguments: argparse.Namespace, start: Start, shop: Workshop, table: CurveTable, seed: int
+) -> dict[str, float]:
+    """`tnc.models.probes` with layers from the workshop, on the first windows of the calibration sample."""
+    plan = probe_plan(table)
+    made = next(layers for _, layers in shop.made([plan]))
+    windows = [row for batch in start.calibration(arguments, seed) for row in batch][: arguments.probes]
+    scores = start.scores_of([{name: layer.matrix} for name, layer in made.items()], windows)
+    return {name: Probe(plan.layers[name].choice, made[name].nats, each.kl or 0.0).weight
+            for name, each in zip(made, scores, strict=True)}  # fmt: skip
 
 
 def totals(made: Mapping[str, Made]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Plans are drawn at random budgets, with random weights of the layers and a rando
 mix bases, ranks, factor formats and shared factors as no optimum would; those predicted above ``--below`` are drawn
 again. The scale is set without them, by two plans of the planner itself: those of ``--below`` predicted nats and of a
 quarter of it; it is the geometric mean of their ratios. Printed is the share of the random plans whose measured KL is
-within 15 % of the scaled prediction, and, to compare, the same for scales set by one or two of the random plans.
+within 15 % of the scaled prediction, and, to compare, the same for scales set by one or two of the random plans. With
+``--probes N`` predictions weighted by what each layer costs alone on N windows of the calibration text stand beside.
 
 Rows are written as they come, and not measured again when the command is repeated.
 
@@ -26,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from benchmarks.planned_model import Start, parser
+from benchmarks.budgets import portfolio_of
+from benchmarks.planned_model import Start, parser, probe_weights
 from benchmarks.results import read, write
 from benchmarks.run import machine
 from benchmarks.workshop import Made
@@ -53,9 +55,13 @@ def draw_plans(table: CurveTable, count: int, below: float, seed: int) -> list[P
             plan = plan_curves(table, BitsPerWeight(float(rng.uniform(2.3, 6.0))), rules)
         except BudgetError:  # these bases do not reach that few bits
             continue
-        if (plan.predicted_nats or 0) < below:
+        if _nats(plan) < below:  # without the random weights
             found.append(plan)
     return found
+
+
+def _nats(plan: Plan) -> float:
+    return sum(layer.nats or 0.0 for layer in plan.layers.values())
 
 
 def share_within(ratios: Floats, scale: float, used: Sequence[int] = ()) -> float:
@@ -97,7 +103,7 @@ def parts(start: Start, plan: Plan, made: Mapping[str, Made]) -> dict[str, Any]:
     sets += [{name: matrix} for name, matrix in matrices.items()]
     whole, *rest = (scores.kl or 0.0 for scores in start.scores_of(sets))
     by_block, alone = rest[: len(blocks)], dict(zip(matrices, rest[len(blocks) :], strict=True))
-    predicted = plan.predicted_nats or 1.0
+    predicted = _nats(plan)
     nats = {name: layer.nats or 0.0 for name, layer in plan.layers.items()}
     large = [alone[name] / nats[name] for name in nats if nats[name] > 0.02 * predicted]
     return {
@@ -110,8 +116,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw, measure and summarise; what the file has is not measured again."""
     start, found = Start.of(arguments), read(arguments.out)
     stats = start.statistics(arguments, arguments.seed)
-    with start.workshop(arguments, stats, Portfolio.default()) as shop:
+    portfolio = portfolio_of(arguments.ranks, trellis=True) if arguments.trellis else Portfolio.default()
+    with start.workshop(arguments, stats, portfolio) as shop:
         table = shop.curves(start.model, arguments.curves)
+        if arguments.probes and "probes" not in found:
+            found["probes"] = probe_weights(arguments, start, shop, table, arguments.seed)
+            write(arguments.out, found)
         own = [plan_curves(table, Nats(level * arguments.below)) for level in _LEVELS]
         plans = [*own, *draw_plans(table, arguments.plans, arguments.below, arguments.seed)]
         have = {row["plan"] for row in found["rows"]}
@@ -122,7 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             write(arguments.out, found)
             line = "{bits_per_weight:7.3f} bits  predicted {predicted:.5f}  KL {kl:.5f} ± {kl_error:.5f}"
             print(line.format(**found["rows"][-1]) + (", sets the scale" if todo[done] < len(own) else ""), flush=True)
-        found |= {"machine": machine(), "summary": summarised(found["rows"])}
+        found |= {"machine": machine(), "summary": summarised(found)}
         write(arguments.out, found)
         for at in _spread_over_ratios(found["rows"], arguments.alone):
             made = next(made for _, made in shop.made([plans[at]]))
@@ -135,17 +145,29 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def row_of(at: int, plan: Plan, scores: Evaluation) -> dict[str, Any]:
     """What is kept of a plan."""
+    layers = {name: (layer.nats or 0.0, layer.error**2) for name, layer in plan.layers.items()}
     return {
-        "plan": at, "bits_per_weight": plan.bits_per_weight, "predicted": plan.predicted_nats or 0.0,
-        "relative": sum(layer.error**2 for layer in plan.layers.values()), "kl": scores.kl or 0.0,
-        "kl_error": scores.kl_error or 0.0,
+        "plan": at, "bits_per_weight": plan.bits_per_weight, "predicted": sum(nats for nats, _ in layers.values()),
+        "relative": sum(error for _, error in layers.values()), "kl": scores.kl or 0.0,
+        "kl_error": scores.kl_error or 0.0, "layers": layers,
     }  # fmt: skip
 
 
-def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`summary` of the random plans, by the scale of the planner's own."""
-    own = [row["kl"] / row["predicted"] for row in rows if row["plan"] < len(_LEVELS)]
-    return summary([row for row in rows if row["plan"] >= len(_LEVELS)], float(np.exp(np.log(own).mean())))
+def summarised(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`summary` of the random plans by the scale of the planner's own; also of predictions weighted by probes."""
+    kept = {"nats": found["rows"]}
+    if "probes" in found:
+        weights = found["probes"]
+        kept["probed nats"] = [
+            {**row, "predicted": sum(weights[name] * nats for name, (nats, _) in row["layers"].items())}
+            for row in found["rows"]
+        ]
+    made = {}
+    for objective, rows in kept.items():
+        own = [row["kl"] / row["predicted"] for row in rows if row["plan"] < len(_LEVELS)]
+        scale = float(np.exp(np.log(own).mean()))
+        made[objective] = summary([row for row in rows if row["plan"] >= len(_LEVELS)], scale)
+    return made
 
 
 def _spread_over_ratios(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
@@ -159,6 +181,8 @@ def main() -> None:
     own = parser(__doc__, out="results/prediction.json")
     own.add_argument("--plans", type=int, default=48)
     own.add_argument("--below", type=float, default=0.27, help="predicted nats of a plan at most")
+    own.add_argument("--trellis", action="store_true", help="the portfolio of benchmarks.budgets --trellis")
+    own.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64], help="of its 4-bit factors")
     own.add_argument("--alone", type=int, default=0, help="plans whose layers and blocks are measured alone")
     own.add_argument("--seed", type=int, default=0)
     arguments = own.parse_args()

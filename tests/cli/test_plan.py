@@ -96,6 +96,18 @@ def test_plans_and_their_layers_are_measured_on_text(folder):
     assert (folder / "alone" / "plan.png").stat().st_size > (folder / "report" / "plan.png").stat().st_size
 
 
+def test_layers_are_probed_on_a_text_of_its_own(folder):
+    asked = ("--budget", "bpw=3", "--probe", "demo", "--context", 128, "--json")
+    found = json.loads(again(folder, *asked).stdout)
+    weights = [layer["weight"] for layer in found["layers"].values()]
+    assert len(set(weights)) == len(weights)
+    assert found["predicted_nats"] == pytest.approx(sum(x["weight"] * x["nats"] for x in found["layers"].values()))
+    assert (folder / "stats.probes.json").is_file()
+    assert json.loads(again(folder, *asked).stdout)["layers"] == found["layers"]
+    stale = again(folder, "--budget", "bpw=3", "--probe", "demo", "--context", 64, code=2)
+    assert "are stale" in " ".join(stale.output.split())
+
+
 def test_latency_table_and_budget(folder):
     table = folder / "latency.json"
     call("bench", "demo", "--table", table, "--tokens", 1, "--ranks", 0, "--ranks", 16, "--repeats", 1, "--json")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -17,54 +15,38 @@ from tnc.cli.demo import run_demo
 from tnc.cli.draw import DrawOptions, run_draw
 from tnc.cli.evaluate import run_evaluate
 from tnc.cli.forms import FormsOptions, run_forms
+from tnc.cli.friendly import friendly
 from tnc.cli.inspect import run_inspect
+from tnc.cli.options import (
+    BesideRows,
+    Bits,
+    Calib,
+    Context,
+    Device,
+    Fisher,
+    GroupSize,
+    Json,
+    Model,
+    Patterns,
+    Seed,
+    Sequences,
+    Stats,
+    StoredBits,
+)  # fmt: skip
 from tnc.cli.plan import PlanOptions, run_plan
 from tnc.cli.sensitivity import SensitivityOptions, run_sensitivity
 from tnc.cli.tune import run_tune
 from tnc.decompose import RECIPES
-from tnc.errors import ModelError, TNCError
+from tnc.errors import ModelError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Compress language models into low-rank and quantized + low-rank form, with certificates.",
 )  # fmt: skip
 
-F = TypeVar("F", bound=Callable[..., Any])
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
-Model = Annotated[str, typer.Argument(help="Hugging Face causal LM folder, or 'demo' for the embedded model.")]
-Calib = Annotated[str | None, typer.Option(help="Calibration text (.txt or .xz).")]
-Stats = Annotated[Path | None, typer.Option(help="Statistics file: read if it exists, else written.")]
-Sequences = Annotated[int, typer.Option(help="Calibration sequences.")]
-Context = Annotated[int | None, typer.Option(help="Tokens a sequence; default 512 or the model's limit.")]
-Fisher = Annotated[bool, typer.Option(help="Calibrate gradients too: predictions in nats.")]
-Patterns = Annotated[list[str] | None, typer.Option(help="Layer name pattern; may be repeated.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampled windows and labels.")]
-Bits = Annotated[int | None, typer.Option(help="Bits of the quantized base.")]
-GroupSize = Annotated[int | None, typer.Option(help="Input columns that share a scale; default: a row.")]
-BesideRows = Annotated[int, typer.Option(help="Columns that share a scale, beside whole rows.")]
-StoredBits = Annotated[float | None, typer.Option(help="Instead of --rank: all stored bits per weight.")]
-
-
-def _friendly(command: F) -> F:
-    """Turn the library's errors into one message on standard error and exit status 2; Ctrl-C into 130."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        try:
-            return command(*args, **kwargs)
-        except TNCError as error:
-            console.error(f"{type(error).__name__}: {error}")
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt:
-            console.error("interrupted; nothing was written under the final name.")
-            raise typer.Exit(130) from None
-
-    return run  # type: ignore[return-value]
-
 
 @app.command()
-@_friendly
+@friendly
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
@@ -121,7 +103,7 @@ def compress(
 
 
 @app.command()
-@_friendly
+@friendly
 def plan(
     model: Model,
     budget: Annotated[
@@ -156,6 +138,7 @@ def plan(
     fused: Annotated[bool, typer.Option("--fused", help="q/k/v and gate/up take one base.")] = False,
     keep_dense: Annotated[list[str] | None, typer.Option(help="Layer name pattern left dense; repeatable.")] = None,
     served_ranks: Annotated[bool, typer.Option("--served-ranks", help="Only ranks that serving stacks have.")] = False,
+    probe: Annotated[str | None, typer.Option(help="Text, not that of --text: each layer is measured alone.")] = None,
     table: Annotated[Path | None, typer.Option(help="Latency table of tnc bench --table.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens a call, for latency= and speedup=.")] = 1,
     exact: Annotated[bool, typer.Option("--exact", help="Close the gap however many layers there are.")] = False,
@@ -177,7 +160,7 @@ def plan(
             model=model, budgets=budget or [], out=out, pareto=pareto, report=report, calib=calib, stats=stats,
             curves=curves, text=text, limit=limit, alone=alone, group_size=group_size, method=method, refine=refine,
             rotated=rotated, formats=formats or [], shared=shared, fused=fused, keep_dense=keep_dense or [],
-            served_ranks=served_ranks, table=table, tokens=tokens, exact=exact,
+            served_ranks=served_ranks, probe=probe, table=table, tokens=tokens, exact=exact,
             sequences=sequences, context=context, fisher=fisher, include=include, exclude=exclude, seed=seed,
             device=device,
         ),
@@ -186,7 +169,7 @@ def plan(
 
 
 @app.command()
-@_friendly
+@friendly
 def bench(
     model: Annotated[str | None, typer.Argument(help="Hugging Face causal LM folder, or 'demo'.")] = None,
     table: Annotated[Path | None, typer.Option(help="Latency table to write, for tnc plan --table.")] = None,
@@ -211,7 +194,7 @@ def bench(
 
 
 @app.command("eval")
-@_friendly
+@friendly
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, tnc checkpoint folder, or 'demo'.")],
     text: Annotated[str, typer.Option(help="Text to score (.txt or .xz); 'demo' for the embedded model's.")],
@@ -228,7 +211,7 @@ def evaluate(
 
 
 @app.command()
-@_friendly
+@friendly
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder written by tnc compress.")], as_json: Json = False
 ) -> None:
@@ -237,7 +220,7 @@ def inspect(
 
 
 @app.command()
-@_friendly
+@friendly
 def forms(
     model: Model,
     layer: Annotated[str, typer.Option(help="Name or pattern of one layer.")],
@@ -262,7 +245,7 @@ def forms(
 
 
 @app.command()
-@_friendly
+@friendly
 def draw(
     model: Annotated[str, typer.Argument(help="tnc checkpoint, or a dense model folder (or 'demo') with --recipe.")],
     layer: Annotated[str, typer.Option(help="Name of one layer.")],
@@ -284,7 +267,7 @@ def draw(
 
 
 @app.command()
-@_friendly
+@friendly
 def sensitivity(
     model: Annotated[str, typer.Argument(help="Dense model folder, or 'demo' for the embedded model.")],
     stats: Annotated[Path, typer.Option(help="Statistics file, as `tnc compress --stats` writes it.")],
@@ -309,7 +292,7 @@ def sensitivity(
 
 
 @app.command()
-@_friendly
+@friendly
 def recipes(as_json: Json = False) -> None:
     """List the recipes, each with its source."""
     if as_json:
@@ -321,7 +304,7 @@ def recipes(as_json: Json = False) -> None:
 
 
 @app.command()
-@_friendly
+@friendly
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")] = Path("demo-out"),
     seed: Seed = 0,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tnc.cli.sources import context_of, open_model, open_text, resolve_device
 from tnc.decompose import BitsPerWeight, InputRotation, OutputRotation
 from tnc.errors import BudgetError, StatsError, TextError
 from tnc.models.planning import error_curves, measure_plan, plan
-from tnc.models.text import token_windows
+from tnc.models.probes import probe_layers
+from tnc.models.text import full_windows, sample_windows, token_windows
 from tnc.planning import (
     AllowedRanks,
     Clock,
@@ -33,6 +35,9 @@ from tnc.planning import (
     parse_budget,
 )
 from tnc.stats import LayerStats
+
+PROBE_WINDOWS = 32
+"""Windows on which each layer is measured alone."""
 
 _FRONT_ROWS = 16
 
@@ -61,6 +66,7 @@ class PlanOptions:
     fused: bool
     keep_dense: list[str]
     served_ranks: bool
+    probe: str | None
     table: Path | None
     tokens: int
     exact: bool
@@ -88,6 +94,8 @@ def run_plan(options: PlanOptions, *, as_json: bool) -> None:
             model, stats, _portfolio(options),
             include=options.include, exclude=options.exclude, cache=_cache(options), progress=progress,
         )  # fmt: skip
+        if options.probe is not None:
+            rules = replace(rules, weights=_weights(options, model, tokenizer, stats, table, progress))
         start = time.perf_counter()
         found = None
         if budgets:
@@ -110,6 +118,25 @@ def run_plan(options: PlanOptions, *, as_json: bool) -> None:
         console.print_json(result)
     else:
         _print(options, found, front, seconds)
+
+
+def _weights(
+    options: PlanOptions,
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    stats: Mapping[str, LayerStats],
+    table: CurveTable,
+    progress: console.Report,
+) -> dict[str, float]:
+    """Measured over predicted KL of each layer alone, kept beside the curves."""
+    context = context_of(model) if options.context is None else options.context
+    assert options.probe is not None, "asked for"
+    windows = full_windows(tokenizer, open_text(options.probe, "calibration"), context=context)
+    chosen = sample_windows(windows, min(PROBE_WINDOWS, len(windows)), seed=options.seed)
+    dense, dtype = copy.deepcopy(model).float(), next(iter(model.parameters())).dtype
+    found = probe_layers(dense, stats, table, list(chosen), dtype=dtype, cache=_beside(options, "probes.json"),
+                         progress=progress)  # fmt: skip
+    return {name: probe.weight for name, probe in found.items()}
 
 
 def _portfolio(options: PlanOptions) -> Portfolio:
@@ -154,8 +181,14 @@ def _stats(
 
 
 def _cache(options: PlanOptions) -> Path:
-    assert options.stats is not None, "checked with the statistics"
-    return options.curves or options.stats.with_name(f"{options.stats.stem}.curves.safetensors")
+    return options.curves or _beside(options, "curves.safetensors")
+
+
+def _beside(options: PlanOptions, ending: str) -> Path:
+    """A file beside the statistics, or beside the curves where those have a place of their own."""
+    place = options.curves or options.stats
+    assert place is not None, "checked with the statistics"
+    return place.with_name(f"{place.stem}.{ending}")
 
 
 def _windows(options: PlanOptions, model: nn.Module, tokenizer: Any) -> list[Any]:  # noqa: ANN401

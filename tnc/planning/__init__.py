@@ -18,13 +18,14 @@ from tnc.planning.plan import LayerPlan, Plan, edit, shortfalls
 from tnc.planning.pooled import Chosen, PooledBonds, PooledLayer, PooledPlan, pooled_ranks
 from tnc.planning.portfolio import Base, Choice, Portfolio
 from tnc.planning.shared_curves import input_groups, measure_groups, measure_layers
-from tnc.planning.solve import Clock, Problem, Rules, plan_curves
+from tnc.planning.solve import Clock, Problem, Rules, plan_curves, plan_of
 
 __all__ = [
     "SERVED_RANKS", "AllowedBases", "AllowedRanks", "Base", "Budget", "Bytes", "Choice", "Chosen", "Clock",
     "Constraint", "CurveTable", "ErrorCurve", "KeepDense", "LargestError", "Latency", "LatencyTable", "LayerCurves",
     "LayerPlan", "Nats", "Option", "PerplexityIncrease", "Plan", "PooledBonds", "PooledLayer", "PooledPlan",
     "Portfolio", "Problem", "Rules", "Speedup", "Timing", "describe_budget", "edit", "input_groups",
-    "measure_curves", "measure_groups", "measure_layers", "parse_budget", "plan_curves", "pooled_ranks",
+    "measure_curves", "measure_groups", "measure_layers", "parse_budget", "plan_curves", "plan_of",
+    "pooled_ranks",
     "shortfalls",
 ]  # fmt: skip

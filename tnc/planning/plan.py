@@ -37,6 +37,7 @@ class LayerPlan:
         seconds: of one call by the latency table; ``None`` without one.
         why: the runner-up, and why it lost.
         measured: KL to the dense model with this layer compressed alone, nats per token; ``None`` if not measured.
+        weight: what its predicted nats were multiplied by (`tnc.planning.Rules`).
     """
 
     choice: Choice
@@ -48,6 +49,7 @@ class LayerPlan:
     seconds: float | None = None
     why: str = ""
     measured: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class Plan:
 
     @property
     def predicted_nats(self) -> float | None:
-        """KL to the dense model, nats per token: the layers' sum times ``scale``; ``None`` without gradients."""
-        nats = [layer.nats for layer in self.layers.values() if layer.nats is not None]
+        """KL to the dense model, nats per token: the weighted sum times ``scale``; ``None`` without gradients."""
+        nats = [layer.weight * layer.nats for layer in self.layers.values() if layer.nats is not None]
         return self.scale * sum(nats) if len(nats) == len(self.layers) else None
 
     @property
@@ -224,10 +226,11 @@ def shortfalls(plan: Plan, layers: Mapping[str, Mapping[str, Any]], *, total_byt
     bits = sum(layer["storage_bits"] for layer in layers.values())
     elements = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
     nats = [layer["predicted_nats"] for layer in layers.values()]
+    weights = [plan.layers[name].weight for name in layers]
     found = {
         "BitsPerWeight": bits / elements, "Bytes": total_bytes,
         "RelativeError": max((_heldout(layer) for layer in layers.values()), default=0.0),
-        "Nats": None if None in nats else plan.scale * sum(nats),
+        "Nats": None if None in nats else plan.scale * sum(w * n for w, n in zip(weights, nats, strict=True)),
     }  # fmt: skip
     notes = []
     for budget in plan.budgets:

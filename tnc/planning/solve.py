@@ -20,6 +20,7 @@ from tnc.planning.exact import Limit, allocate_exactly
 from tnc.planning.fuse import fuse, spend_rest_agreeing
 from tnc.planning.latency import LatencyTable
 from tnc.planning.plan import LayerPlan, Plan
+from tnc.planning.portfolio import Choice
 
 FEW_LAYERS = 256
 """Up to as many the gap of a plan is closed without being asked."""
@@ -48,8 +49,9 @@ class Rules:
     Attributes:
         constraints: filters on options, all of which hold.
         fused: layers that see one input take one base, as fused kernels need.
-        weights: multiples of the predicted nats by layer name: 1 where absent. Routed experts need none, their G
-            counts how often the router chooses them.
+        weights: multiples of the predicted nats by layer name: 1 where absent. What measuring layers alone says of
+            them is one (`tnc.models.probes`). Routed experts need none, their G counts how often the router chooses
+            them.
         clock: for latency and speedup budgets.
         exact: close the gap however many layers there are; up to `FEW_LAYERS` it is closed anyway, within `QUICK`
             seconds.
@@ -90,6 +92,31 @@ def plan_curves(
     if not wanted:
         raise BudgetError("a plan needs at least one budget, for example BitsPerWeight(3.5).")
     return Problem.of(table, wanted, rules or Rules(), scale).solve()
+
+
+def plan_of(table: CurveTable, choices: Mapping[str, Choice], rules: Rules | None = None) -> Plan:
+    """The plan of given choices, with what they store and cost; it has no budget.
+
+    Args:
+        table: error curves of the model.
+        choices: of every layer.
+        rules: their weights count.
+
+    Raises:
+        BudgetError: for a layer without a choice, or a choice that was not measured.
+    """
+    problem = Problem.of(table, (), Rules(weights={} if rules is None else rules.weights), 1.0)
+    found = []
+    for at, name in enumerate(table.layers):
+        place = range(problem.first[at], problem.first[at + 1])
+        these = [i for i in place if problem.options[i].choice == choices.get(name)]
+        if not these:
+            said = choices[name].describe() if name in choices else "none"
+            raise BudgetError(f"layer {name!r} has the choice {said}; expected one of the {len(place)} in its curves.")
+        found += these[:1]
+    menu, chosen = Menu(problem.first, problem.error, problem.bits), np.array(found)
+    cost, usage = float(problem.error[chosen].sum()), float(problem.bits[chosen].sum())
+    return problem.explained(menu, Allocation(chosen, cost, usage, cost, 0.0), problem.objective)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +166,7 @@ class Problem:
             if self.rules.exact or menu.units <= FEW_LAYERS:
                 seconds = self.rules.seconds if self.rules.exact else min(QUICK, self.rules.seconds)
                 found = close_gap(menu, value, found, group=group, scheme=scheme, seconds=seconds)
-        return self._plan(menu, found, "bits" if least_bits else self.objective)
+        return self.explained(menu, found, "bits" if least_bits else self.objective)
 
     def front(self) -> Front:
         """The whole trade-off of error against bits, with the fused groups as units."""
@@ -234,7 +261,8 @@ class Problem:
             )
         return limit
 
-    def _plan(self, menu: Menu, found: Allocation, minimised: str) -> Plan:
+    def explained(self, menu: Menu, found: Allocation, minimised: str) -> Plan:
+        """An allocation as a plan: what every layer becomes, its share, and what came second."""
         value = float(self.error[found.chosen].sum())
         layers = {}
         for at, (name, layer) in enumerate(self.table.layers.items()):
@@ -244,7 +272,7 @@ class Problem:
             nats = None if self.objective != "nats" else option.heldout_nats
             why = _why(self, menu, found, at)
             layers[name] = LayerPlan(option.choice, layer.shape, option.bits, nats, option.heldout_error, share,
-                                     seconds, why)  # fmt: skip
+                                     seconds, why, weight=self.rules.weights.get(name, 1.0))  # fmt: skip
         notes = _notes(self.table)
         if minimised == "bits":
             notes = (f"minimised bits: {found.cost:.0f}, at least {found.lower_bound:.0f}", *notes)
