@@ -13,7 +13,7 @@ from tnc.decompose.dense_target import DenseTarget
 _PLAIN = {"group_size": 64}
 _COARSE = {"group_size": 128, "factor_bits": 4}
 _SIGNS = 0.01  # bits a weight that signs of rotations and padding of small layers may take
-_STRICT = ("best_at_bits", "yaqa_trellis_lr")  # stay within the bits of plain integers
+_STRICT = ("best_at_bits",)  # stays within the bits of plain integers
 
 _GROUPS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("best_at_bits",), {}),  # takes the bits alone

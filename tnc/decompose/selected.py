@@ -57,7 +57,7 @@ class SelectedStage:
         hessian = identity if metric.hessian is None else metric.hessian.double()
         chosen = chosen_inputs(residual, self._count(target, shape), Metric(hessian, metric.gradient))
         pull, within = residual @ hessian[:, chosen], hessian[chosen][:, chosen]
-        columns = torch.linalg.lstsq(within, pull.T, driver="gelsd").solution.T if len(chosen) else pull
+        columns = pull @ torch.linalg.pinv(within, hermitian=True) if len(chosen) else pull
         stored, damping, notes = self._stored(columns, within, metric, target)
         return Fitted(Product((stored, Selection.of(chosen, shape[1]))), damping, notes)
 

@@ -73,7 +73,7 @@ class InputRotation:
 
     def apply(self, weight: Tensor, stats: LayerStats | None) -> Transformed:
         """The rotated problem."""
-        rotation = Hadamard.random(weight.shape[1], seed=self.seed)
+        rotation = _rotation(weight.shape[1], self.seed, weight)
         return _unless_trivial(rotation, "input", weight, stats, lambda: change_inputs(weight, stats, rotation))
 
 
@@ -91,8 +91,14 @@ class OutputRotation:
 
     def apply(self, weight: Tensor, stats: LayerStats | None) -> Transformed:
         """The rotated problem."""
-        rotation = Hadamard.random(weight.shape[0], seed=self.seed)
+        rotation = _rotation(weight.shape[0], self.seed, weight)
         return _unless_trivial(rotation, "output", weight, stats, lambda: change_outputs(weight, stats, rotation))
+
+
+def _rotation(features: int, seed: int, weight: Tensor) -> Hadamard:
+    """On the device of the weight, the same on every one."""
+    found = Hadamard.random(features, seed=seed)
+    return replace(found, signs=found.signs.to(weight.device))
 
 
 def _unless_trivial(
@@ -176,7 +182,7 @@ class InputPermutation:
 
     def apply(self, weight: Tensor, stats: LayerStats | None) -> Transformed:
         """The permuted problem."""
-        return change_inputs(weight, stats, Permutation.of(torch.tensor(self.indices)))
+        return change_inputs(weight, stats, Permutation.of(torch.tensor(self.indices, device=weight.device)))
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ class OutputPermutation:
 
     def apply(self, weight: Tensor, stats: LayerStats | None) -> Transformed:
         """The permuted problem."""
-        return change_outputs(weight, stats, Permutation.of(torch.tensor(self.indices)))
+        return change_outputs(weight, stats, Permutation.of(torch.tensor(self.indices, device=weight.device)))
 
 
 def apply_transforms(weight: Tensor, transforms: Sequence[Transform], stats: LayerStats | None) -> Transformed:

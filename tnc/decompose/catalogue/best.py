@@ -35,30 +35,29 @@ def _fitting(limit: float, bits: int) -> list[int | None]:
 
 
 def _candidates(limit: BitsPerWeight) -> Iterator[Recipe]:
-    """In order of preference: the widest trellis that fits, integers of that width and the next, rotated and not.
+    """In order of preference: the widest trellis that fits, rotated; integers, rotated where there is no trellis.
 
     Each also with 4-bit factors in what is left.
     """
     widths = [bits for bits in SUPPORTED_BITS if _fitting(limit.value, bits)]
     if not widths:
         raise RecipeError(f"best_at_bits({limit}) is below every base; ask for more than {min(SUPPORTED_BITS)} bits.")
-    if widths[-1] in _TRELLIS and widths[-1] + _SIGNS < limit.value:
-        trellis = TrellisFormat(widths[-1], _STATES + widths[-1], path="diagonal")
-        coded = QuantizeStage(trellis, method="yaqa")
-        factors = LowRankStage(limit, factor_format=_FACTORS)
-        name = f"rotated trellis{widths[-1]}"
-        if limit.value - widths[-1] > _ROOM:
-            yield Recipe(f"{name} + L×R", (coded, factors), transforms=_ROTATED)
-        yield Recipe(name, (coded,), transforms=_ROTATED)
-    for transforms, prefix in ((_ROTATED, "rotated "), ((), "")):
-        groups = {bits: _fitting(limit.value - (_SIGNS if transforms else 0.0), bits) for bits in widths[-2:]}
-        for group in groups[widths[-1]][:1]:
-            yield _quantized(f"{prefix}int{widths[-1]} {_named(group)}", widths[-1], group, transforms)
-        for bits in widths[-2:]:
-            for group in groups[bits][1:2]:  # the finest group leaves no room for factors
-                yield _compensated(f"{prefix}int{bits} {_named(group)} + L×R", bits, group, limit, transforms)
-    for bits in widths[-2:]:  # for widths that no group size divides
-        yield _quantized(f"int{bits} {_named(None)}", bits, None, ())
+    bits = widths[-1]
+    coded = bits in _TRELLIS and bits + _SIGNS < limit.value
+    if coded:
+        stage = QuantizeStage(TrellisFormat(bits, _STATES + bits, path="diagonal"), method="yaqa")
+        name = f"rotated trellis{bits}"
+        if limit.value - bits > _ROOM:
+            factors = LowRankStage(limit, factor_format=_FACTORS)
+            yield Recipe(f"{name} + L×R", (stage, factors), transforms=_ROTATED)
+        yield Recipe(name, (stage,), transforms=_ROTATED)
+    for transforms, prefix in (((), ""),) if coded else ((_ROTATED, "rotated "), ((), "")):
+        groups = _fitting(limit.value - (_SIGNS if transforms else 0.0), bits)
+        for group in groups[:1]:
+            yield _quantized(f"{prefix}int{bits} {_named(group)}", bits, group, transforms)
+        for group in groups[1:2]:  # the finest group leaves no room for factors
+            yield _compensated(f"{prefix}int{bits} {_named(group)} + L×R", bits, group, limit, transforms)
+    yield _quantized(f"int{bits} {_named(None)}", bits, None, ())  # for widths that no group size divides
 
 
 def _named(group: int | None) -> str:
