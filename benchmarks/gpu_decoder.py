@@ -161,7 +161,12 @@ def _input() -> Tensor:
 
 @torch.no_grad()
 def error(way: Way, glue: Glue) -> float:
-    """Relative error of two blocks against the same layers as float32 matrices, glue by torch in float32."""
+    """Relative error of two blocks against the same layers as float32 matrices, glue by torch in float32.
+
+    Always of the same draw: in a few (2 of 30) the attention of the second block is so sharp that 0.7 % of error in q
+    and k becomes 5 %, with every glue alike.
+    """
+    torch.manual_seed(0)
     blocks = [{name: [way.make(*s) for s in shapes] for name, shapes in STAGES.items()} for _ in range(2)]
     if way.join is _one_right:
         blocks = [{name: _one_right(layers) for name, layers in block.items()} for block in blocks]
@@ -217,7 +222,7 @@ def decoders() -> Iterator[dict[str, Any]]:
         rest, x = _rest(BLOCKS), _input()
         for label, glue in glues.items():
             off = wrong.get(label)
-            fine = off is None or off < 3e-2
+            fine = off is None or off < 1e-2
             call = partial(forward, x, blocks, rest, way.apply, glue)
             yield {"decoder": name, "glue": label, "error": off, **_rated(_milliseconds(call) if fine else None)}
         if way.apply is not _without:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from tnc.kernels.trellis_words import PLANES, TrellisWords
 
 EACH = 256  # fixes that a program takes at a time
-MOST = 64  # items of a unit
+MOST = 32  # items of a unit
 TAIL = 160  # words after the last that a load may touch: 128 lines and a unit's rows
 
 
