@@ -53,7 +53,7 @@ def module_of(operator):
 def test_fresh_inputs_agree_with_float64_and_with_a_second_run(name, tokens):
     operator, matrix = case(name)
     module = module_of(operator)
-    assert module.kernel == "composed", module.explain()
+    assert module.kernel == ("qlr" if name == "act order" else "composed"), module.explain()
     with torch.no_grad():
         for seed in range(20):
             x = inputs(tokens, COLUMNS, BRAIN, seed=seed)

@@ -56,7 +56,8 @@ def launches(monkeypatch):
     seen = []
     for name in ("vector", "tile"):
         real = getattr(qlr_ops, name)
-        monkeypatch.setattr(qlr_ops, name, lambda x, *packs, real=real: seen.append(len(packs)) or real(x, *packs))
+        counted = lambda x, *packs, real=real, **how: seen.append(len(packs)) or real(x, *packs, **how)  # noqa: E731
+        monkeypatch.setattr(qlr_ops, name, counted)
     return seen
 
 

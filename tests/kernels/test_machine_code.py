@@ -50,12 +50,14 @@ def tall(columns, group, slots):
     splits = min(4, units)
     steps = -(-units // splits)
     chunks = min(8, -(-columns // 64))
-    fixed = dict(BM=64, K=columns, BITS=4, SCALE="half", GROUP=group, TABLE=False, LANES="", GAIN=False, RK=64, RB=64,
+    fixed = dict(change=(None,) * 5, unity=1.0, IN=columns, FORM=(0, 1), MAKERS=0, APART=False,
+                 BM=64, K=columns, BITS=4, SCALE="half", GROUP=group, TABLE=False, LANES="", GAIN=False, RK=64, RB=64,
                  KS=chunks, PRODUCERS=slots * chunks, BN=64, STEPS=steps, SK=-(-units // steps), STAGES=3, F32=False,
                  ASM=True, PDL=True)
     many = dict(lows="*i16", highs="*i16", groups="*i32", lefts="*bf16", rights="*bf16", gains="*i32", rows="i32",
                 ranks="i32", firsts="i32", tops="i32")
-    one = dict(x="*bf16", levels="*fp32", t="*bf16", tslab="*fp32", slab="*fp32", counters="*i32", y="*bf16")
+    one = dict(x="*bf16", made="*bf16", ready="*i32", levels="*fp32", t="*bf16", tslab="*fp32", slab="*fp32",
+               counters="*i32", arrived="*i32", y="*bf16")
     return counted(qlr_tile, fixed, one, 4, many)
 
 

@@ -69,4 +69,4 @@ def test_a_row_without_a_time_lends_its_tile_and_no_time(h200):
     at = {"rows": 14336, "columns": 4096, "rank": 0, "bits": 4, "tokens": 16}
     assert tuned("qlr_tile", torch.device("cpu"), **at)["warps"] == 2
     assert predicted("qlr_tile", torch.device("cpu"), **at) == 8.01 * (0.25 + 0.75 * 14336 / 4096)
-    assert predicted("mpo3", torch.device("cpu"), rows=64, columns=64, rank=4, tokens=1) is None
+    assert predicted("trellis_vector", torch.device("cpu"), rows=64, columns=64, rank=0, bits=2, tokens=1) is None

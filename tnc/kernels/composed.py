@@ -16,75 +16,22 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tnc.kernels.applied import Applied, is_applied
-from tnc.kernels.applied import applied as applied_leaf
+from tnc.kernels.parts import CALL, Part, is_transform, leading, specs_of, taken_of, transform
 from tnc.kernels.q_plus_lr import q_plus_lr
-from tnc.kernels.table import Bound, Kernel, Repacking, Tensors, Timed, bound_by, refusal_of, register_kernel, row_of
-from tnc.terms import Diagonal, Expression, Product, Sum
+from tnc.kernels.table import (
+    Changing,
+    Kernel,
+    Tensors,
+    bound_by,
+    refusal_of,
+    register_kernel,
+    row_of,
+)
+from tnc.terms import Expression, Product, Sum
 
 NAME = "composed"
 _PLAIN = ("einsum", "reference")  # what serves everything, and is no reason to compose
 _SHOWN = (1, 16)  # tokens whose predicted times are described
-# Microseconds on one H200 (docs/kernels.md): a small operation; of a rotation the launch, an entry of a row, and an
-# operation of the two products of signs, within a half of the times measured at 4096 to 14336 features.
-_CALL, _TURN, _ENTRY, _FLOP = 4.4, 3.5, 5e-4, 3.5e-8
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of the operator with the kernel that runs it.
-
-    Attributes:
-        row: name of the kernel's row, or ``transform``.
-        kernel: bound to the piece.
-        names: (prefix in the piece, prefix in the whole) of its tensors; the first that fits counts.
-    """
-
-    row: str
-    kernel: Bound
-    names: tuple[tuple[str, str], ...]
-
-    def __call__(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """(tokens, in_features) to (tokens, out_features), in the dtype of ``x``."""
-        return self.kernel(x, self.own(tensors))
-
-    def pack(self, tensors: Tensors) -> dict[str, Tensor]:
-        """The piece's tensors, of those of the whole, in the kernel's layout."""
-        inner = self.own(tensors)
-        return self._outer(self.kernel.pack(inner) if isinstance(self.kernel, Repacking) else inner)
-
-    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Inverse of `pack`."""
-        inner = self.own(tensors)
-        return self._outer(self.kernel.unpack(inner) if isinstance(self.kernel, Repacking) else inner)
-
-    def microseconds(self, tokens: int, device: torch.device) -> float | None:
-        """Predicted time on a GPU; ``None`` where nothing like it was measured."""
-        if isinstance(self.kernel, Timed):
-            return self.kernel.microseconds(tokens, device)
-        if not isinstance(self.kernel, Applied) or device.type != "cuda":
-            return None
-        if self.kernel.spec["kind"] != "hadamard":
-            return _CALL
-        size, block = self.kernel.spec["shape"][0], prod(self.kernel.spec["factors"])
-        return float(_TURN + _ENTRY * size + _FLOP * tokens * 4 * size * block**0.5)
-
-    def describe(self) -> str:
-        """What runs."""
-        return self.kernel.describe() if self.row == "transform" else f"{self.row} ({self.kernel.describe()})"
-
-    def own(self, tensors: Tensors) -> dict[str, Tensor]:
-        """The piece's tensors by their names in it, of those of the whole."""
-        return {inner + name.removeprefix(outer): tensor for name, tensor in tensors.items()
-                for inner, outer in self.names if name.startswith(outer)}  # fmt: skip
-
-    def _outer(self, tensors: Tensors) -> dict[str, Tensor]:
-        return {self._whole(name): tensor for name, tensor in tensors.items()}
-
-    def _whole(self, name: str) -> str:
-        """The name in the whole of a tensor of the piece."""
-        inner, outer = next(pair for pair in self.names if name.startswith(pair[0]))
-        return outer + name.removeprefix(inner)
 
 
 @dataclass(frozen=True)
@@ -95,11 +42,13 @@ class Composed:
         parts: of a product the last factor first, which meets x first.
         added: whether the outputs are added.
         device: where it runs.
+        taken: transforms that the part right behind them, the first that is none, makes in its launch.
     """
 
     parts: tuple[Part, ...]
     added: bool
     device: torch.device
+    taken: int = 0
 
     def pack(self, tensors: Tensors) -> dict[str, Tensor]:
         """Every part's layout; what no kernel repacks is the same tensor."""
@@ -116,22 +65,55 @@ class Composed:
         if self.added:
             y = sum((part(y, tensors) for part in self.parts[1:]), start=self.parts[0](y, tensors))
         else:
-            for part in self.parts:
-                y = part(y, tensors)
+            y = self._chained(y, tensors)
         return y.reshape(*batch, y.shape[-1])
+
+    def _chained(self, x: Tensor, tensors: Tensors) -> Tensor:
+        place = leading(self.parts) if self.taken else 0
+        for part in self.parts[: place - self.taken]:
+            x = part(x, tensors)
+        if self.taken:
+            transforms = taken_of(self.parts[place - self.taken : place], tensors)
+            x = self._head().changed(x, transforms, self.parts[place].own(tensors))
+        for part in self.parts[place + bool(self.taken) :]:
+            x = part(x, tensors)
+        return x
 
     def microseconds(self, tokens: int, device: torch.device) -> float | None:
         """Predicted time: the sum over the parts, and of a sum the additions."""
         times = [part.microseconds(tokens, device) for part in self.parts]
+        inside = self._inside(tokens, device)
+        if inside is not None:
+            place = leading(self.parts)
+            times[place - self.taken : place] = [inside]
         known = [time for time in times if time is not None]
-        return sum(known) + _CALL * (len(known) - 1) * self.added if len(known) == len(times) else None
+        return sum(known) + CALL * (len(known) - 1) * self.added if len(known) == len(times) else None
 
     def describe(self) -> str:
         """The parts in order, and the predicted times where they are known."""
-        parts = (" + " if self.added else ", then ").join(part.describe() for part in self.parts)
+        shown = [part.describe() for part in self.parts]
+        if self.taken:
+            place, head = leading(self.parts), self._head()
+            names = " and ".join([*shown[place - self.taken : place], shown[place]])
+            most = head.most(specs_of(self.parts[place - self.taken : place]))
+            shown[place - self.taken : place + 1] = [f"to {most} tokens in one launch {names}"]
+        parts = (" + " if self.added else ", then ").join(shown)
         times = [(tokens, self.microseconds(tokens, self.device)) for tokens in _SHOWN]
-        shown = [f"{time:.1f} us for {tokens}" for tokens, time in times if time is not None]
-        return f"{parts}; predicted {', '.join(shown)} tokens" if shown else parts
+        known = [f"{time:.1f} us for {tokens}" for tokens, time in times if time is not None]
+        return f"{parts}; predicted {', '.join(known)} tokens" if known else parts
+
+    def _head(self) -> Changing:
+        """The kernel that makes the transforms ahead of it."""
+        head = self.parts[leading(self.parts)].kernel
+        assert isinstance(head, Changing), "seen when it was bound"
+        return head
+
+    def _inside(self, tokens: int, device: torch.device) -> float | None:
+        """Predicted time that transforms add to the launch that makes them; ``None`` where none does."""
+        if not self.taken:
+            return None
+        place = leading(self.parts)
+        return self._head().changing(specs_of(self.parts[place - self.taken : place]), tokens, device)
 
 
 @dataclass(frozen=True)
@@ -145,19 +127,6 @@ class Piece:
     def bound(self, device: torch.device, dtype: torch.dtype) -> Part:
         """The part."""
         return Part(self.row, bound_by(self.row, self.term, device, dtype), self.names)
-
-
-def is_transform(term: Expression) -> bool:
-    """Whether a factor changes the basis and no more: a rotation, scaling, permutation or selection."""
-    return is_applied(term) or isinstance(term, Diagonal)
-
-
-def transform(term: Expression, prefix: str) -> Part:
-    """The part of such a factor; ``prefix`` is that of its tensors in the whole."""
-    leaf = (
-        Applied((("vector", "vector"),), term.spec(), 0.0) if isinstance(term, Diagonal) else applied_leaf(term, "", 1)
-    )
-    return Part("transform", leaf, (("", prefix),))
 
 
 def parts_of(operator: Expression, device: torch.device, dtype: torch.dtype) -> tuple[Part | Piece, ...] | str:
@@ -225,7 +194,12 @@ def bind(operator: Expression, device: torch.device, dtype: torch.dtype) -> Comp
     parts = parts_of(operator, device, dtype)
     assert not isinstance(parts, str), parts
     bound = tuple(part if isinstance(part, Part) else part.bound(device, dtype) for part in parts)
-    return Composed(bound, isinstance(operator, Sum), device)
+    if isinstance(operator, Sum):
+        return Composed(bound, True, device)
+    count = leading(bound)
+    head = bound[count].kernel
+    taken = head.takes(specs_of(bound[:count])) if isinstance(head, Changing) else 0
+    return Composed(bound, False, device, taken)
 
 
 register_kernel(Kernel(NAME, _serves, bind, priority=30, delegates=True))

@@ -1,4 +1,4 @@
-"""Device functions that every kernel shares: codes to numbers, dots, and programs that wait for programs."""
+"""Device functions that every kernel shares: codes to numbers, x, dots, and programs that wait for programs."""
 
 # ruff: noqa: ANN001, ANN201, SIM108 -- device code, which Triton reads in its own way
 
@@ -9,16 +9,21 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SPINS = tl.constexpr(1 << 20)  # polls of a counter before the answer is poisoned with NaN; about half a second
+SPOTS = tl.constexpr(8)  # counters of one announcement, 32 apart
 
 
 @triton.jit
-def nibbles(words, high, PART: tl.constexpr, BITS: tl.constexpr):
+def nibbles(words, high, PART: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """int32 words whose codes begin every 4 bits (3-bit formats) or as stored."""
     if BITS == 3:
         # bit 2 of a nibble from the shifted high plane, the others from the low plane; bit 3 is masked by `lifted`
         low = words if PART == 0 else words >> 2
         raised = high << 2 if PART == 0 else high << 1
-        return (low & 0x33333333) | (raised & 0x44444444)
+        if ASM:  # written as a choice of bits it becomes two LOP3
+            return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, 0x44444444, 0xd8;", "=r,r,r", [low, raised],
+                                             dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+        else:
+            return (low & 0x33333333) | (raised & 0x44444444)
     else:
         return words
 
@@ -152,6 +157,17 @@ def dot_apart(a, b, acc, F32: tl.constexpr):
 
 
 @triton.jit
+def entries(x, order, factor, k, real):
+    """Entries ``k`` of x where ``real``, else 0: those that ``order`` names, times ``factor``; rounded to x's dtype."""
+    at = k if order is None else tl.load(order + k, mask=real, other=0).to(tl.int32)
+    value = tl.load(x + at, mask=real, other=0.0)
+    if factor is not None:
+        scale = tl.load(factor + k, mask=real, other=0.0).to(value.dtype)
+        value = (value.to(tl.float32) * scale.to(tl.float32)).to(value.dtype)
+    return value
+
+
+@triton.jit
 def wait_for(counter, target):
     """Poll until ``counter`` reaches ``target``; whether it did."""
     spins = 0
@@ -181,6 +197,40 @@ def publish(counter):
     """Release what the whole program stored, and count it; the count before."""
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel")
+
+
+@triton.jit
+def waiters(low, high, spot):
+    """How many programs from ``low`` to below ``high`` watch the counter ``spot``: those equal to it modulo `SPOTS`."""
+    return (high - spot + SPOTS - 1) // SPOTS - (low - spot + SPOTS - 1) // SPOTS
+
+
+@triton.jit
+def announce(counters, first, makers, low, high):
+    """Release what one of ``makers`` programs stored to the programs ``low`` to ``high``, which call `heard`.
+
+    ``SPOTS`` counters, so that few programs poll one. The ``first`` maker begins at minus all that is still
+    to come, so a counter is negative and at least minus its watchers once all is there, and zero when all have seen it.
+    """
+    spot = tl.arange(0, SPOTS)
+    start = 1 - makers - waiters(low, high, spot)
+    tl.debug_barrier()
+    tl.atomic_add(counters + 32 * spot, tl.where(first, start, 1), sem="release")
+
+
+@triton.jit
+def heard(counters, own, low, high):
+    """Wait, as the program ``own``, until all makers have announced; whether they have."""
+    spot = own % SPOTS
+    least = -waiters(low, high, spot)
+    counter = counters + 32 * spot
+    spins = 0
+    seen = tl.atomic_add(counter, 0, sem="acquire")
+    while ((seen >= 0) | (seen < least)) & (spins < SPINS):
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+        spins += 1
+    tl.atomic_add(counter, 1, sem="relaxed")
+    return (seen < 0) & (seen >= least)
 
 
 @triton.jit

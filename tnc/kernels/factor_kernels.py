@@ -7,28 +7,54 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tnc.kernels.decode import dot, grid_wait, publish
+from tnc.kernels.decode import announce, dot, entries, grid_wait, heard, publish
+
+
+@triton.jit
+def told(counters, first, makers, watchers):
+    """Hand over what one of ``makers`` programs stored: to `heard` of so many ``watchers``, else to `handed_over`."""
+    if watchers is None:
+        publish(counters)
+    else:
+        announce(counters, first, makers, 0, watchers)
 
 
 @triton.jit
 def produce_vector(x, right, t, flag, pid, M: tl.constexpr, K: tl.constexpr, RANK, RK: tl.constexpr, RB: tl.constexpr,
-                   KC: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """``RB`` rows of t = R x (M, RK) in float32, over all of K."""
+                   KC: tl.constexpr, PDL: tl.constexpr, order=None, factor=None, IN: tl.constexpr = 0, ready=None,
+                   low=0, makers=0, watchers=None, first=False, AHEAD: tl.constexpr = 0):  # fmt: skip
+    """``RB`` rows of t = R x (M, RK) in float32, over all of K, handed over as `told` says.
+
+    Entries of x as `entries` takes them, from rows of ``IN`` (0: of K); ``ready`` is the announcement of x, if it is
+    made in this launch for the programs from ``low`` on. The first step of R is loaded before x is waited for, if it
+    has at most ``AHEAD`` entries.
+    """
     row = pid * RB + tl.arange(0, RB)
     start = tl.minimum(row, RANK - 1).to(tl.int64)[:, None] * K
     a0 = tl.zeros((RB,), tl.float32)
     a1 = tl.zeros((RB,), tl.float32)
+    k = tl.arange(0, KC)[None, :]
+    if RB * KC <= AHEAD:
+        r = tl.load(right + start + k, mask=k < K, other=0.0)
     grid_wait(PDL)
+    fine = True
+    if ready is not None:
+        fine = heard(ready, tl.program_id(0), low, tl.num_programs(0))
+    second = x + (IN if IN > 0 else K)
     for k0 in tl.static_range(0, K, KC):
         k = k0 + tl.arange(0, KC)[None, :]
-        r = tl.load(right + start + k, mask=k < K, other=0.0).to(tl.float32)
-        a0 += tl.sum(r * tl.load(x + k, mask=k < K, other=0.0).to(tl.float32), 1)
+        if k0 > 0 or RB * KC > AHEAD:
+            r = tl.load(right + start + k, mask=k < K, other=0.0)
+        a0 += tl.sum(r.to(tl.float32) * entries(x, order, factor, k, k < K).to(tl.float32), 1)
         if M == 2:
-            a1 += tl.sum(r * tl.load(x + K + k, mask=k < K, other=0.0).to(tl.float32), 1)
+            a1 += tl.sum(r.to(tl.float32) * entries(second, order, factor, k, k < K).to(tl.float32), 1)
+    if ready is not None:
+        a0 = tl.where(fine, a0, float("nan"))
+        a1 = tl.where(fine, a1, float("nan"))
     tl.store(t + row, tl.where(row < RANK, a0, 0.0), mask=row < RK)
     if M == 2:
         tl.store(t + RK + row, tl.where(row < RANK, a1, 0.0), mask=row < RK)
-    publish(flag)
+    told(flag, first, makers, watchers)
 
 
 @triton.jit
@@ -43,10 +69,10 @@ def operands(x, right, m, safe, step, M, K: tl.constexpr):
 @triton.jit
 def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr, K: tl.constexpr, RANK,
                  RK: tl.constexpr, RB: tl.constexpr, KS: tl.constexpr, SEVERAL: tl.constexpr, F32: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+                 PDL: tl.constexpr, ready=None, low=0, makers=0, watchers=None, first=False):  # fmt: skip
     """``RB`` ranks of t and one of ``KS`` chunks of K; the last chunk to arrive adds them and publishes t.
 
-    ``SEVERAL``: the launch makes several t.
+    ``SEVERAL``: the launch makes several t. ``ready`` as in `produce_vector`.
     """
     block = pid // KS
     chunk = pid % KS
@@ -56,6 +82,9 @@ def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr
     STEPS: tl.constexpr = ((K + 63) // 64 + KS - 1) // KS
     acc = tl.zeros((BM, RB), tl.float32)
     grid_wait(PDL)
+    fine = True
+    if ready is not None:
+        fine = heard(ready, tl.program_id(0), low, tl.num_programs(0))
     # One product before the loop: ptxas 12.8 unrolls a short loop around wgmma and, if the sum begins as zeros, drops
     # the products (tests/kernels/test_machine_code.py).
     ALONE: tl.constexpr = 1 if STEPS == 1 or (SEVERAL and BM >= 64) else 0
@@ -67,6 +96,8 @@ def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr
             a, b = operands(x, right, m, safe, step, M, K)
             acc = dot(a, b, acc, F32)
     acc = tl.where((rank < RANK)[None, :], acc, 0.0)
+    if ready is not None:
+        acc = tl.where(fine, acc, float("nan"))
     if KS > 1:
         tl.store(slab + (chunk * BM + m) * RK + rank[None, :], acc)
         if publish(arrivals + block) == KS - 1:
@@ -75,10 +106,10 @@ def produce_tile(x, right, t, slab, counters, arrivals, pid, M, BM: tl.constexpr
                 acc += tl.load(slab + (each * BM + m) * RK + rank[None, :], volatile=True)
             tl.atomic_xchg(arrivals + block, 0, sem="relaxed")
             tl.store(t + m * RK + rank[None, :], acc.to(t.dtype.element_ty))
-            publish(counters)
+            told(counters, first & (block == 0), makers, watchers)
     else:
         tl.store(t + m * RK + rank[None, :], acc.to(t.dtype.element_ty))
-        publish(counters)
+        told(counters, first & (block == 0), makers, watchers)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ on the tensor cores in the place of ``log b`` passes. Factors are cut where p an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, reduce
 from math import ceil, prod
 from typing import Any
@@ -22,7 +23,8 @@ from tnc.kernels.table import Tensors
 from tnc.terms import Hadamard, Spec
 
 MOST = 256  # rows of the larger of the two matrices: blocks to 65536
-_COLUMNS = 32  # of the block that a program takes
+_COLUMNS, _STEP = 16, 64  # of a block that a program takes, and of a product a step
+_MANY = 64  # tokens from where a program takes twice as many columns
 
 
 @lru_cache(maxsize=1024)
@@ -35,26 +37,50 @@ def sides(factors: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] |
 
 
 @lru_cache(maxsize=256)
-def _signs_matrix(factors: tuple[int, ...], device: torch.device) -> Tensor:
-    """The Kronecker product of the factors' matrices, int8."""
+def signs_matrix(factors: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int8) -> Tensor:
+    """The Kronecker product of the factors' matrices; do not change it."""
     matrix: Tensor = reduce(torch.kron, map(hadamard_matrix, factors), torch.ones(1, 1, dtype=torch.int8))
-    return matrix.contiguous().to(device)
+    return matrix.contiguous().to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Rotating:
+    """A rotation as the device code takes it.
+
+    Attributes:
+        matrices: the two matrices of signs.
+        form: (p, q, inverse, padded p, columns a program, columns a step).
+        blocks, parts: of a token, and programs of a block.
+        unit: what the product is multiplied by.
+    """
+
+    matrices: tuple[Tensor, Tensor]
+    form: tuple[int, ...]
+    blocks: int
+    parts: int
+    unit: float
+
+
+def rotating(x: Tensor, columns: int, factors: tuple[int, ...], inverse: bool) -> Rotating:
+    """How rows of ``columns`` in the dtype of x are rotated, for factors that have `sides`."""
+    found = sides(factors)
+    assert found is not None, "asked before"
+    p, q = (prod(side) for side in found)
+    narrow = x.dtype if x.dtype.itemsize == 2 else torch.bfloat16
+    matrices = signs_matrix(found[0], x.device, torch.bfloat16), signs_matrix(found[1], x.device, narrow)
+    tall = tile_of(p)
+    wide = 2 * _COLUMNS if x.shape[0] >= _MANY and tall < MOST else _COLUMNS
+    form = (p, q, int(inverse), tall, wide, min(_STEP if tall < MOST else _STEP // 2, tile_of(q)))
+    return Rotating(matrices, form, columns // (p * q), ceil(q / wide), (p * q) ** -0.5)
 
 
 @on_its_device
 def _launch(x: Tensor, signs: Tensor, factors: tuple[int, ...], inverse: bool) -> Tensor:
-    found = sides(factors)
-    assert found is not None, "checked before"
-    p, q = (prod(side) for side in found)
-    left, right = (_signs_matrix(side, x.device) for side in found)
-    blocks = x.shape[-1] // (p * q)
-    y = torch.empty_like(x)
-    wide, exact = tile_of(p), x.dtype == torch.float32
-    deep = 32 if exact else 64  # columns and rows in flight fit 227 KB of shared memory
-    pdl = overlaps(x.device)
-    hadamard_kernel[(x.shape[0] * blocks, ceil(q / _COLUMNS))](
-        x, signs, left, right, y, (p * q) ** -0.5, blocks, p, q, wide, min(deep, tile_of(q)), _COLUMNS, min(deep, wide),
-        inverse, exact, INTERPRETED, pdl, num_warps=4, num_stages=2, **early(pdl),
+    how = rotating(x, x.shape[-1], factors, inverse)
+    y, pdl = torch.empty_like(x), overlaps(x.device)
+    hadamard_kernel[(x.shape[0] * how.blocks, how.parts)](
+        x, y, (None, None, signs, *how.matrices), how.unit, x.shape[-1], how.form, INTERPRETED, pdl,
+        num_warps=4 if how.form[3] < MOST else 8, **early(pdl),
     )  # fmt: skip
     return y
 

@@ -17,7 +17,7 @@ from tnc.errors import BackendError
 P = ParamSpec("P")
 T = TypeVar("T")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_ARENA = 1 << 20  # counters set aside a device for captured graphs: 4 MB
+_ARENA = 1 << 21  # counters set aside a device for captured graphs: 8 MB
 
 
 def tile_of(size: int, *, least: int = 16, most: int = 1 << 20) -> int:

@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from tnc.kernels.change import COUNTERS, Change, making
 from tnc.kernels.launch import INTERPRETED, counters, early, multiprocessors, on_its_device, overlaps, tile_of
 from tnc.kernels.lookup import lane_level, level_tensor
 from tnc.kernels.qlr_tile_kernel import qlr_tile
@@ -120,6 +121,13 @@ def _decoding(packed: Packed, kind: str) -> tuple[object, ...]:
     return packed.bits, packed.scale, packed.group, bool(packed.table), lanes, packed.gain is not None
 
 
+def _counters(device: torch.device, makers: int, producers: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Counters of the announcements of x and of t, where there are some, and others."""
+    first, second = COUNTERS * (makers > 0), COUNTERS * (producers > 0)
+    taken = counters(device).take(first + second + others)
+    return taken, taken[first:], taken[first + second :]
+
+
 def faster(packed: Packed, tokens: int) -> bool:
     """Whether `vector` is expected to be at least as fast as `tile`, as far as they were timed."""
     rows, columns, rank = packed.shape
@@ -136,38 +144,49 @@ def stride_of(blocks: int, splits: int, producers: int, programs: int) -> int:
 
 
 @on_its_device
-def vector(x: Tensor, *members: Packed) -> Tensor:
-    """One or two tokens (M, in_features) to (M, out_features) of each operator, one after another in (M, rows)."""
+def vector(x: Tensor, *members: Packed, change: Change | None = None) -> Tensor:
+    """One or two tokens (M, in_features) to (M, out_features) of each operator, one after another in (M, rows).
+
+    ``change`` is what happens to x first.
+    """
     packed, tokens = members[0], x.shape[0]
     columns = packed.shape[1]
     config = _tile(members, "qlr_vector", tokens)
     group = _Members(members, config["rows"])
     units = math.ceil(columns / unit_of(packed.bits))
-    warps = min(config["warps"], tile_of(math.ceil(units / 8), least=1))
-    chunk = 8 * warps
+    each = 2 * config["words"]  # units of a warp
+    warps = min(config["warps"], tile_of(math.ceil(units / each), least=1))
+    chunk = each * warps
     splits, rank, blocks = math.ceil(units / chunk), group.rank, group.blocks
-    across = tile_of(rank, most=128)  # columns of L at a time
-    padded = math.ceil(rank / across) * across if rank else 16
+    wide = tile_of(rank, most=128)  # columns of L at a time
+    padded = math.ceil(rank / wide) * wide if rank else 16
     producers = group.slots * (padded // config["ranks"])
-    stride = stride_of(blocks, splits, producers, config["programs"] * multiprocessors(x.device))
+    how = making(x, change, columns, read=True)
+    stride = stride_of(blocks, splits, producers + how.makers, config["programs"] * multiprocessors(x.device))
+    across = min(4096, 1024 * warps, tile_of(columns))  # of R at a time
     rows, ranks, firsts, tops = group.sizes()
     y = x.new_empty(tokens, sum(rows))
     t = torch.empty(max(group.slots, 1) * tokens * padded, dtype=torch.float32, device=x.device)
     slab = torch.empty(splits * tokens * sum(rows) if splits > 1 else 1, dtype=torch.float32, device=x.device)
+    ready, told, arrived = _counters(x.device, how.makers, producers, blocks)
     pdl = overlaps(x.device)
-    qlr_vector[(producers + stride * splits,)](
-        x, *group.tensors(halves=False), level_tensor(packed.table, x.device), t, slab,
-        counters(x.device).take(2 + blocks), y, rows, ranks, firsts, tops, sum(rows), blocks, ONE, tokens, columns,
-        *_decoding(packed, "f32"), padded, config["ranks"], min(4096, 1024 * warps, tile_of(columns)), producers,
-        config["rows"], chunk, splits, stride, stride < blocks, pdl, num_warps=warps,
-        **registers(config["programs"], warps), **early(pdl),
+    qlr_vector[(how.makers + producers + stride * splits,)](
+        x, how.made, how.tensors, ready, *group.tensors(halves=False), level_tensor(packed.table, x.device), t, slab,
+        told, arrived, y, rows, ranks, firsts, tops, sum(rows), blocks, ONE, how.unit, tokens,
+        columns, x.shape[1], how.form, how.makers, change is not None and change.apart, *_decoding(packed, "f32"),
+        padded, config["ranks"], across, producers, config["rows"], chunk, config["words"], splits, stride,
+        stride < blocks, INTERPRETED, pdl, num_warps=warps, **registers(config["programs"], warps),
+        **early(pdl),
     )  # fmt: skip
     return y
 
 
 @on_its_device
-def tile(x: Tensor, *members: Packed) -> Tensor:
-    """Up to 64 tokens (M, in_features) to (M, out_features) of each operator, one after another in (M, rows)."""
+def tile(x: Tensor, *members: Packed, change: Change | None = None) -> Tensor:
+    """Up to 64 tokens (M, in_features) to (M, out_features) of each operator, one after another in (M, rows).
+
+    ``change`` is what happens to x first.
+    """
     packed, tokens = members[0], x.shape[0]
     columns = packed.shape[1]
     config = _tile(members, "qlr_tile", tokens)
@@ -180,18 +199,21 @@ def tile(x: Tensor, *members: Packed) -> Tensor:
     padded = math.ceil(rank / ranks) * ranks if rank else ranks
     chunks = min(config["chunks"], math.ceil(columns / 64))
     producers, slots = group.slots * (padded // ranks * chunks), max(group.slots, 1)
+    how = making(x, change, columns, read=False)
     rows, sizes, firsts, tops = group.sizes()
     y = x.new_empty(tokens, sum(rows))
     t = x.new_empty(slots, block, padded)
     parts = torch.empty(slots * chunks * block * padded, dtype=torch.float32, device=x.device)
     slab = torch.empty(splits * tokens * sum(rows) if splits > 1 else 1, dtype=torch.float32, device=x.device)
+    ready, told, arrived = _counters(x.device, how.makers, producers, producers + blocks)
     pdl = overlaps(x.device)
-    qlr_tile[(producers + blocks * splits,)](
-        x, *group.tensors(halves=True), level_tensor(packed.table, x.device), t, parts, slab,
-        counters(x.device).take(2 + producers + blocks), y, tokens, rows, sizes, firsts, tops, sum(rows), blocks, block,
-        columns, *_decoding(packed, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks, producers,
-        config["rows"], steps, splits, config["stages"], _exact(x), not INTERPRETED, pdl, num_warps=config["warps"],
-        **early(pdl),
+    qlr_tile[(how.makers + producers + blocks * splits,)](
+        x, how.made, how.tensors, ready, *group.tensors(halves=True), level_tensor(packed.table, x.device), t, parts,
+        slab, told, arrived, y, tokens, rows, sizes, firsts, tops, sum(rows), blocks,
+        how.unit, block, columns, x.shape[1], how.form, how.makers, change is not None and change.apart,
+        *_decoding(packed, "f16" if x.dtype == torch.float16 else "bf16"), padded, ranks, chunks, producers,
+        config["rows"], steps, splits, config["stages"], _exact(x), not INTERPRETED, pdl,
+        num_warps=config["warps"], **early(pdl),
     )  # fmt: skip
     return y
 

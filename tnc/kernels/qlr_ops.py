@@ -70,10 +70,13 @@ def together(x: Tensor, members: Sequence[Packed]) -> list[Tensor] | None:
     what mends it (`tnc.kernels.factor_kernels.produce_tile`) was seen in machine code only.
     """
     launch = fused(x.shape[0], x.dtype, members) if x.shape[0] <= TILE_TOKENS else None
-    if launch is None:
-        return None
-    parts = torch.split(launch(x, *members).flatten(), [x.shape[0] * packed.shape[0] for packed in members])
-    return [part.view(x.shape[0], -1) for part in parts]
+    return None if launch is None else split(launch(x, *members), x.shape[0], members)
+
+
+def split(y: Tensor, tokens: int, members: Sequence[Packed]) -> list[Tensor]:
+    """The outputs of a launch, (tokens, out_features) each, in the same memory."""
+    parts = torch.split(y.flatten(), [tokens * packed.shape[0] for packed in members])
+    return [part.view(tokens, -1) for part in parts]
 
 
 @torch.library.custom_op("tnc::qlr", mutates_args=())

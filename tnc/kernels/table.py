@@ -5,7 +5,7 @@ A kernel is chosen and bound once, when a module is built or moved, never per ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tnc.errors import BackendError
-from tnc.terms import Expression
+from tnc.terms import Expression, Spec
 
 Tensors = Mapping[str, Tensor]
 
@@ -53,6 +53,23 @@ class Timed(Bound, Protocol):
 
     def microseconds(self, tokens: int, device: torch.device) -> float | None:
         """For so many tokens, cold weights; ``None`` where nothing like it was measured."""
+
+
+@runtime_checkable
+class Changing(Bound, Protocol):
+    """A bound kernel that can take transforms of x, each a (spec, tensors), into its launch."""
+
+    def takes(self, specs: Sequence[Spec]) -> int:
+        """How many of the last of these transforms, the first to meet x first."""
+
+    def most(self, specs: Sequence[Spec]) -> int:
+        """Tokens up to which it makes such transforms in its launch; for more they run before."""
+
+    def changed(self, x: Tensor, transforms: Sequence[tuple[Spec, Tensors]], tensors: Tensors) -> Tensor:
+        """The answer to the transformed x: (tokens, in_features) to (tokens, out_features), for any tokens."""
+
+    def changing(self, specs: Sequence[Spec], tokens: int, device: torch.device) -> float | None:
+        """Predicted microseconds that these transforms add to its launch; ``None`` where they run before."""
 
 
 @dataclass(frozen=True)

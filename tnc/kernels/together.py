@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tnc.kernels.applied import Applied
-from tnc.kernels.composed import Composed, Part
+from tnc.kernels.composed import Composed
 from tnc.kernels.einsum import Einsum
-from tnc.kernels.table import Bound, Repacking, Tensors, choose
-from tnc.terms import Dense, Expression, LowRank, Product, Quantized, Sum
+from tnc.kernels.parts import Part, specs_of, taken_of
+from tnc.kernels.table import Bound, Changing, Repacking, Tensors, choose
+from tnc.terms import Dense, Expression, LowRank, Product, Quantized, Spec, Sum
 
 MOST = 8  # operators in one group
 
@@ -29,8 +30,13 @@ class Joinable(Bound, Protocol):
     def alike(self, tensors: Tensors) -> Hashable:
         """Operators of one x for which this is equal can go in one launch."""
 
-    def joint(self, x: Tensor, others: Sequence[Any], tensors: Sequence[Tensors]) -> list[Tensor] | None:
-        """The answers of all to x (tokens, in_features); ``None`` where one launch is not the fastest way."""
+    def joint(
+        self, x: Tensor, others: Sequence[Any], tensors: Sequence[Tensors], *transforms: Sequence[tuple[Spec, Tensors]]
+    ) -> list[Tensor] | None:
+        """The answers of all to x (tokens, in_features); ``None`` where one launch is not the fastest way.
+
+        ``transforms`` of x, the first to meet x first, are made in the launch by a kernel that is `Changing`.
+        """
 
     def right(self, tensors: Tensors) -> tuple[Tensor, ...]:
         """What the right factor is stored as; nothing without one."""
@@ -172,20 +178,36 @@ class Together:
             first: the operator whose tensors stand for all where they are equal.
         """
         rows = _flat(x)
-        for part in self.chains[first][: self.common]:
-            rows = part(rows, tensors[first])
         own = [chain[self.common].own(held) for chain, held in zip(self.chains, tensors, strict=True)]
         outputs: list[Tensor | None] | None = None
-        if self.joint:
-            kernels = [chain[self.common].kernel for chain in self.chains]
-            leader = kernels[0]
-            assert isinstance(leader, Joinable), "seen when it was planned"
-            answers = leader.joint(rows, kernels[1:], own)
-            outputs = None if answers is None else [*answers]
+        ahead = self.chains[first][: self.common]
+        taken = self._taken(ahead)
+        for part in ahead[: len(ahead) - taken]:
+            rows = part(rows, tensors[first])
+        last = ahead[len(ahead) - taken :]
+        if self.joint and taken:
+            outputs = self._launched(rows, own, taken_of(last, tensors[first]))
+        if outputs is None:
+            for part in last:
+                rows = part(rows, tensors[first])
+            outputs = self._launched(rows, own) if self.joint else None
         inner = None
         if self.branches is not None and 0 < rows.shape[0] <= self.limit and _one(self.branches, own):
             inner = self.branches[first].inner(rows, own[first])
         return Started(rows if self.common else None, inner, outputs)
+
+    def _taken(self, ahead: Sequence[Part]) -> int:
+        """How many of the last of the common transforms go into the launch."""
+        leader = self.chains[0][self.common].kernel
+        return leader.takes(specs_of(ahead)) if self.joint and isinstance(leader, Changing) else 0
+
+    def _launched(
+        self, rows: Tensor, own: Sequence[Tensors], *transforms: Sequence[tuple[Spec, Tensors]]
+    ) -> list[Tensor | None] | None:
+        leader, *others = (chain[self.common].kernel for chain in self.chains)
+        assert isinstance(leader, Joinable), "seen when it was planned"
+        answers = leader.joint(rows, others, own, *transforms)
+        return None if answers is None else [*answers]
 
     def finish(self, started: Started, x: Tensor, place: int, tensors: Tensors) -> Tensor:
         """The answer of the operator at ``place`` to the same x; takes its output of the launch away."""
