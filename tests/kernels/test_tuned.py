@@ -64,9 +64,15 @@ def test_the_model_chooses_the_measured_winner(h200):
         assert (times[0] <= times[1]) is fma
 
 
-def test_a_row_without_a_time_lends_its_tile_and_no_time(h200):
-    """The tile of 16 tokens at 14336 x 4096 without factors was never timed; the nearest that was has 4096 rows."""
-    at = {"rows": 14336, "columns": 4096, "rank": 0, "bits": 4, "tokens": 16}
-    assert tuned("qlr_tile", torch.device("cpu"), **at)["warps"] == 2
-    assert predicted("qlr_tile", torch.device("cpu"), **at) == 8.01 * (0.25 + 0.75 * 14336 / 4096)
-    assert predicted("trellis_vector", torch.device("cpu"), rows=64, columns=64, rank=0, bits=2, tokens=1) is None
+def test_a_row_without_a_time_lends_its_tile_and_no_time(h200, monkeypatch):
+    rows = [
+        {"kernel": "a", "rows": 64, "columns": 64, "tile": {"warps": 2}},
+        {"kernel": "a", "rows": 128, "columns": 64, "tile": {"warps": 4}, "microseconds": 8.0},
+        {"kernel": "b", "rows": 64, "columns": 64, "tile": {"warps": 8}},
+    ]
+    monkeypatch.setattr(module, "_rows", lambda kernel, _: [row for row in rows if row["kernel"] == kernel])
+    module.forget()
+    at = {"rows": 64, "columns": 64}
+    assert tuned("a", torch.device("cpu"), **at) == {"warps": 2}
+    assert predicted("a", torch.device("cpu"), **at) == 8.0 * (0.25 + 0.75 / 2)
+    assert predicted("b", torch.device("cpu"), **at) is None

@@ -16,9 +16,8 @@ _GROUPS: tuple[int | None, ...] = (32, 64, 128, None)  # finest first: the first
 _FACTORS = IntFormat(4)
 _ROTATED: tuple[Transform, ...] = (InputRotation(), OutputRotation())
 _TRELLIS = (2, 3, 4)
-_STATES = (
-    12  # bits of state beyond those of a code: 5 to 10 % fewer nats than 12 in all, encoded in 1.4 to 3 times as long
-)
+# bits of state beyond those of a code: 5 to 10 % fewer nats than 12 in all, encoded in 1.4 to 3 times as long
+_STATES = 12
 _ROOM = 0.2  # bits a weight from which factors beside a trellis are tried
 _MARGIN = 0.03  # of the predicted nats: choices within it made tnc-llama-27m no better (docs/recipes.md)
 _SIGNS = 0.02  # bits a weight that the signs of two rotations may take; what is too much fails the limit
