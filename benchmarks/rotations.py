@@ -97,7 +97,9 @@ def main() -> None:
     model, stats = load_model(arguments.model), load_stats(arguments.stats)
     rows = variants(arguments, model, stats)
     dense = {f"{row['method']} {row['side']}": row.pop("dense") for row in rows}
-    write(arguments.out, {"machine": machine(), "rows": rows}, default=str)
+    sizes = {name: weight_of(each).numel() for name, each in select_layers(model, arguments.include).items()}
+    found = {"machine": machine(), "weights": sizes, "rows": rows}
+    write(arguments.out, found, default=str)
     if not arguments.windows:
         return
     windows = list(token_windows(load_tokenizer(arguments.model), read_text(arguments.text), arguments.context))
@@ -106,7 +108,7 @@ def main() -> None:
     for row, score in zip(rows, scores.values(), strict=True):
         row.update(score.to_json())
         print({k: v for k, v in row.items() if k != "layers"}, flush=True)
-    write(arguments.out, {"machine": machine(), "rows": rows}, default=str)
+    write(arguments.out, found, default=str)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,19 @@ import torch
 from strategies_matrices import well_conditioned
 
 from tnc.decompose import BitsPerWeight, InputRotation, LowRankStage, QuantizeStage, Recipe, decompose, recipe
-from tnc.decompose.best import decompose_by, price
+from tnc.decompose.best import attempt_by, decompose_by
 from tnc.decompose.known_fits import KnownFits
 from tnc.decompose.stages import Fitted, Stage
 from tnc.errors import BudgetError, RecipeError
 from tnc.formats import IntFormat
 
 PROBLEM = well_conditioned(48, 64, 0, fisher=True)
+
+
+def price(report):
+    """What candidates are compared by, by hand."""
+    known = (report.predicted_nats, report.heldout_relative_error, report.relative_error)
+    return next(value for value in known if value is not None)
 
 
 def rounded(bits, group=16, method="gptq"):
@@ -114,8 +120,7 @@ def test_sweeps_after_the_first_fit_what_is_left_over():
     stages = (base, Counted(LowRankStage(4), fits))
     known = KnownFits(PROBLEM.weight, PROBLEM.stats())
     found = [
-        decompose_by(PROBLEM.weight, Recipe("mine", stages, sweeps=sweeps), known.stats, known=known).report
-        for sweeps in (1, 3)
+        attempt_by(PROBLEM.weight, Recipe("mine", stages, sweeps=sweeps), known).measured().report for sweeps in (1, 3)
     ]
     assert len(fits) >= 2 + 2  # a third sweep follows where the second gains enough
     assert fits[:4] == [each.stage for each in (*stages, *stages)]
@@ -127,7 +132,7 @@ def test_a_stage_after_other_stages_is_fitted_anew():
     trials = [Recipe(m, (QuantizeStage(IntFormat(3, 16), method=m), factors)) for m in ("rtn", "gptq", "yaqa")]
     known = KnownFits(PROBLEM.weight, PROBLEM.stats())
     for trial in trials:
-        found = decompose_by(PROBLEM.weight, trial, known.stats, known=known)
+        found = attempt_by(PROBLEM.weight, trial, known)
         alone = decompose_by(PROBLEM.weight, trial, known.stats)
         assert torch.equal(found.operator.to_dense(), alone.operator.to_dense())
 
@@ -144,7 +149,7 @@ def test_fits_in_another_basis_or_beside_other_bits_are_not_shared():
     alone = [decompose_by(PROBLEM.weight, trial, PROBLEM.stats()).report.storage_bits for trial in trials]
     fits.clear()
     known = KnownFits(PROBLEM.weight, PROBLEM.stats())
-    found = [decompose_by(PROBLEM.weight, trial, known.stats, known=known).report.storage_bits for trial in trials]
+    found = [attempt_by(PROBLEM.weight, trial, known).operator.storage_bits for trial in trials]
     assert len(fits) == 4
     assert found == alone
 
@@ -162,3 +167,11 @@ def test_candidates_that_are_not_refined_could_not_have_won(seed):
     assert "yaqa int2" in best.report.choices[-1]
     assert best.report.choices[-1].startswith("too far to be refined: ")
     assert best.report.choices[-3].startswith("best of 4: ")
+
+
+@pytest.mark.parametrize("kept", ["nats", "held-out error", "error", "no statistics"])
+def test_the_price_is_that_of_the_report(kept):
+    problem = well_conditioned(24, 32, 0, fisher=kept == "nats")
+    stats = None if kept == "no statistics" else problem.stats(heldout=kept in ("nats", "held-out error"))
+    tried = attempt_by(problem.weight, rounded(3, method="rtn"), KnownFits(problem.weight, stats))
+    assert tried.price == pytest.approx(price(tried.measured().report), rel=1e-12)

@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnc.decompose.known_fits import KnownFits
-from tnc.decompose.report import LayerReport, measure
+from tnc.decompose.report import LayerReport, measure, price_of
 from tnc.decompose.sizes import check_useful
 from tnc.decompose.stages import Fitted, LowRankStage, QuantizeStage, Stage, Target
 from tnc.decompose.transforms import Transform, Transformed
@@ -35,9 +37,40 @@ class Decomposition:
     report: LayerReport
 
 
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """An operator that is not measured yet, and what its report will say of its making.
+
+    Attributes:
+        weight: that it stands for.
+        stats: of the layer, or ``None``.
+        operator: as stored.
+        notes: arguments of `measure`, among them ``seconds`` and ``choices``.
+    """
+
+    weight: Tensor
+    stats: LayerStats | None
+    operator: Expression
+    notes: Mapping[str, Any]
+
+    @cached_property
+    def price(self) -> float:
+        """As `tnc.decompose.report.price_of`."""
+        return price_of(self.weight, self.operator, self.stats)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits over the entries of the weight."""
+        return self.operator.storage_bits / self.weight.numel()
+
+    def measured(self) -> Decomposition:
+        """With its report, which costs more than a price (`measure`)."""
+        return Decomposition(self.operator, measure(self.weight, self.operator, self.stats, **self.notes))
+
+
 def decompose(
     weight: Tensor, stages: Sequence[Stage], stats: LayerStats | None = None, *, sweeps: int = 1,
-    transforms: Sequence[Transform] = (), known: KnownFits | None = None,
+    transforms: Sequence[Transform] = (),
 ) -> Decomposition:  # fmt: skip
     """Factor ``weight`` into the sum of one term a stage.
 
@@ -50,8 +83,6 @@ def decompose(
             as stored are kept.
         transforms: changes of basis, the first outermost; the stages see the inner problem only
             (`tnc.decompose.transforms`).
-        known: of this weight and these statistics, from decompositions before: what they fitted is not fitted again,
-            and what is fitted here is added.
 
     Returns:
         The operator (a `Sum`, or the single term, wrapped by the transforms) and its report, measured on the
@@ -62,30 +93,34 @@ def decompose(
         RankError: also for a low-rank stage whose rank is above mn/(m+n), unless it is a `Rank` that is forced.
         NonFiniteError, ShapeError, StatsError, RankError, FormatError, BudgetError: as the stages say.
     """
+    return attempt(weight, stages, KnownFits.of(weight, stats), sweeps=sweeps, transforms=transforms).measured()
+
+
+def attempt(
+    weight: Tensor, stages: Sequence[Stage], known: KnownFits, *, sweeps: int = 1, transforms: Sequence[Transform] = ()
+) -> Attempt:
+    """`decompose` without a report; what is ``known`` is not fitted again, and what is fitted is added to it."""
     check_matrix(weight, "weight")
     if not stages or sweeps < 1:
         raise RecipeError(f"decompose got {len(stages)} stages and sweeps={sweeps}; expected at least one of each.")
     for stage in stages:
         if isinstance(stage, LowRankStage):
             check_useful(stage.rank, (weight.shape[0], weight.shape[1]), "LowRankStage")
-    if stats is not None:
-        stats.check_weight(weight)
-        stats = stats.to(weight.device)
+    assert known.weight is weight, "what is known is of this layer"
+    if known.stats is not None:
+        known.stats.check_weight(weight)
     start = time.perf_counter()
-    known = known or KnownFits(weight, stats)
-    assert known.weight is weight and known.stats is stats, "what is known is of this layer"
     inner = known.inner(transforms)
     fitted = _descend(inner, inner.weight.to(weight.dtype) if transforms else weight, stages, sweeps, known)
     operator = inner.wrap(fitted[0].term if len(fitted) == 1 else Sum(tuple(f.term for f in fitted)))
-    report = measure(
-        weight, operator, stats,
-        damping=max((f.damping for f in fitted if f.damping is not None), default=None),
-        fallbacks=inner.notes + tuple(note for f in fitted for note in f.fallbacks),
-        guaranteed_error=fitted[-1].guaranteed_error,
-        seconds=time.perf_counter() - start,
-        choices=inner.choices + tuple(choice for f in fitted for choice in f.choices),
-    )  # fmt: skip
-    return Decomposition(operator, report)
+    notes = {
+        "damping": max((f.damping for f in fitted if f.damping is not None), default=None),
+        "fallbacks": inner.notes + tuple(note for f in fitted for note in f.fallbacks),
+        "guaranteed_error": fitted[-1].guaranteed_error,
+        "seconds": time.perf_counter() - start,
+        "choices": inner.choices + tuple(choice for f in fitted for choice in f.choices),
+    }
+    return Attempt(weight, known.stats, operator, notes)
 
 
 def _descend(

@@ -21,8 +21,13 @@ class KnownFits:
 
     Args:
         weight: (m, n) of the layer.
-        stats: its statistics, or ``None``.
+        stats: its statistics on the device of the weight, or ``None``.
     """
+
+    @classmethod
+    def of(cls, weight: Tensor, stats: LayerStats | None) -> KnownFits:
+        """Nothing yet, of a layer whose statistics may be elsewhere."""
+        return cls(weight, None if stats is None else stats.to(weight.device))
 
     def __init__(self, weight: Tensor, stats: LayerStats | None) -> None:
         self.weight = weight

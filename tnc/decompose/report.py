@@ -121,6 +121,22 @@ def measure(
     )
 
 
+def price_of(weight: Tensor, operator: Expression, stats: LayerStats | None) -> float:
+    """What forms of one layer are compared by: predicted nats, held-out error or error, the first that is known.
+
+    Cost: two products of `measure` at most.
+    """
+    dtype = torch.float64 if max(weight.shape) <= _DOUBLE_LIMIT else torch.float32
+    reference = weight.double()
+    error, reference = (reference - dense64(operator)).to(dtype), reference.to(dtype)
+    nats = predicted_nats(error, stats)
+    if nats is not None:
+        return nats
+    heldout = _heldout_error(error, reference, stats)
+    metric = Metric() if stats is None else Metric.full(stats)
+    return metric.relative(error, reference) if heldout is None else heldout
+
+
 def predicted_nats(error: Tensor, stats: LayerStats | None) -> float | None:
     """``½ tr(Eᵀ G E H)`` in nats per token, H of the held-out tokens where there are any; ``None`` without G."""
     if stats is None or stats.gradient is None:
