@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,14 +65,16 @@ class Problem:
         """(group of each layer, scheme of each option) that agree: one base of fused layers, one shared factor.
 
         A shared right factor is a scheme of its own, which all layers of a group take or none; of the other options
-        all are one scheme, unless fused kernels ask for one base. ``None`` where nothing has to agree.
+        all are one scheme, unless fused kernels ask for one base, which is then that of all experts, too.
+        ``None`` where nothing has to agree.
         """
         names, fused = list(self.table.layers), self.rules.fused
         sharing = {names[at] for at, option in zip(self._layer_of, self.options, strict=True) if option.choice.shared}
         groups = [group for group in self.table.groups if fused or sharing.intersection(group)]
+        groups += expert_groups(names) if fused else []
         if not groups:
             return None
-        leader = {name: group[0] for group in groups for name in group}
+        leader = leaders(groups)
         numbers = {name: at for at, name in enumerate(dict.fromkeys(leader.get(n, n) for n in names))}
         schemes = {base: at if fused else 0 for at, base in enumerate(self.table.portfolio.bases)}
         sharers = dict.fromkeys(o.choice for o in self.options if o.choice.shared)
@@ -136,6 +139,26 @@ class Problem:
                 f"from {words(least)} to {words(most)}. There is nothing to choose; leave the model dense."
             )
         return limit
+
+
+def expert_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Layers whose names differ in the number of the expert alone: one projection of all experts of a block."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        without = re.sub(r"(\bexperts(?:\.[A-Za-z_]\w*)?)\.\d+", r"\1.*", name)
+        if without != name:
+            found.setdefault(without, []).append(name)
+    return [tuple(group) for group in found.values() if len(group) > 1]
+
+
+def leaders(groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Of each layer the one that stands for its group, groups with a layer in common put together."""
+    found: dict[str, str] = {}
+    for group in groups:
+        met = [found[name] for name in group if name in found]
+        leader = met[0] if met else group[0]
+        found |= {name: leader for name, now in found.items() if now in met} | dict.fromkeys(group, leader)
+    return found
 
 
 def _seconds(clock: Clock, table: CurveTable, allowed: Mapping[str, tuple[Option, ...]]) -> Floats:

@@ -28,7 +28,7 @@ class Rules:
 
     Attributes:
         constraints: filters on options, all of which hold.
-        fused: layers that see one input take one base, as fused kernels need.
+        fused: layers that see one input take one base, and so do the experts of a block, as fused kernels need.
         weights: multiples of the predicted nats by layer name: 1 where absent. What measuring layers alone says of
             them is one (`tnc.models.probes`). Routed experts need none, their G counts how often the router chooses
             them.
