@@ -2,13 +2,14 @@
 
     python -m benchmarks.budget_table results/budgets.json [MORE.json ...]
 
-Several files are parts of one table. Printed under it is whether the planned model has the least KL at every budget,
-seed by seed.
+Several files are parts of one table. Printed under it is whether planned models have less KL than uniform ones, bits
+alone and rank alone at every budget, seed by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ Row = Mapping[str, Any]
 
 _COLUMNS = ("budget", "plan", "seeds", "bits/weight", "predicted nats", "KL", "Δloss", "perplexity")
 _BOLD = ("planned", "planned of all")
+_OTHERS = ("rank only", "bits only", "uniform", "uniform + factors")
 _FIGURES = (("predicted_nats", ""), ("kl", ""), ("delta_nats", "+"))
 
 
@@ -42,7 +44,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield "| --- " * len(_COLUMNS) + "|"
     for (budget, kind), each in sorted(_by_plan(rows).items(), key=lambda g: (g[0][0], -_mean(g[1], "kl"))):
         shown = f"{budget:g}" if each[0]["budget"] else "-"
-        name = f"**{kind}**" if kind in _BOLD else kind
+        name = re.sub(r"trellis(\d)_diagonal", r"trellis, \1 bits", f"**{kind}**" if kind in _BOLD else kind)
         digits = 4 if _mean(each, "kl") < 1 else 3
         figures = [mean_and_spread([row[key] for row in each], digits, sign) for key, sign in _FIGURES]
         cells = (shown, name, f"{len(each)}", f"{_mean(each, 'bits_per_weight'):.3f}", *figures,
@@ -51,17 +53,15 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def least_at_every_budget(rows: Sequence[Row]) -> Iterator[str]:
-    """For each budget: the best plan by KL in each seed, and how far below the best of the other kinds."""
-    budgets = sorted({row["budget"] for row in rows if row["budget"] and not row["kind"].startswith("planned")})
-    for budget in budgets:
+    """For each budget and kind of plan: in how many seeds it is below what others do, and how far."""
+    for budget in sorted({row["budget"] for row in rows if row["kind"] in _OTHERS}):
         here = [row for row in rows if row["budget"] == budget]
-        for kind in (kind for kind in _BOLD if any(row["kind"] == kind for row in here)):
+        for kind in dict.fromkeys(row["kind"] for row in here if row["kind"].startswith("planned")):
             shares = []
             for seed in sorted({row["seed"] for row in here}):
                 kls = {row["kind"]: row["kl"] for row in here if row["seed"] == seed}
-                others = [kl for name, kl in kls.items() if not name.startswith("planned")]
-                if kind in kls and others:
-                    shares.append(kls[kind] / min(others))
+                if kind in kls:
+                    shares.append(kls[kind] / min(kls[name] for name in _OTHERS if name in kls))
             wins = sum(share < 1 for share in shares)
             yield (f"{budget:g} bits: {kind} has the least KL in {wins} of {len(shares)} seeds, "
                    f"{mean_and_spread(shares, 3)} of the best of the others")  # fmt: skip

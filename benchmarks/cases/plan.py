@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.registry import Problem, case
 from tnc.planning.allocate import Allocation, Menu, allocate, front
+from tnc.planning.close_gap import close_gap
 from tnc.planning.exact import Limit, allocate_exactly
 
 
@@ -47,6 +48,7 @@ def usual() -> Problem:
     limit = _limit(menu)
     return Problem(
         ways={"HiGHS": lambda: allocate_exactly(menu, [Limit(menu.usage, limit)]),
-              "front and plan": lambda: allocate(menu, limit)},
+              "front and plan": lambda: allocate(menu, limit),
+              "with the gap closed": lambda: close_gap(menu, limit, allocate(menu, limit))},
         errors=_gap, limit={"relative gap": 1e-3}, once=frozenset({"HiGHS"}),
     )  # fmt: skip

@@ -37,6 +37,7 @@ from tnc.planning import (
     plan_curves,
     shortfalls,
 )
+from tnc.planning.problem import expert_groups, leaders
 
 BASES = {"dense": Base(DenseStage(), compensated=False)} | {
     f"int{b}": Base(QuantizeStage(IntFormat(b))) for b in (8, 4, 3, 2)
@@ -169,6 +170,28 @@ def test_fused_layers_take_one_base():
             assert plan.layers[first].choice.base == plan.layers[second].choice.base
         assert plan.value >= free.value * (1 - 1e-9)
         assert plan.lower_bound <= plan.value
+
+
+def test_fused_experts_take_one_base():
+    curves = table(5, 8)
+    names = [*(f"b.0.mlp.experts.gate_up_proj.{e}" for e in range(3)), *(f"b.0.experts.{e}.w1" for e in range(3)),
+             "b.0.q", "b.1.experts.2.w1"]  # fmt: skip
+    curves = CurveTable(dict(zip(names, curves.layers.values(), strict=True)), PORTFOLIO, (), 0, "bfloat16", "")
+    assert expert_groups(names) == [tuple(names[:3]), tuple(names[3:6])]
+    plan = plan_curves(curves, BitsPerWeight(3.1), Rules(fused=True))
+    for group in expert_groups(names):
+        assert len({plan.layers[name].choice.base for name in group}) == 1
+    free = plan_curves(curves, BitsPerWeight(3.1))
+    assert free.value < plan.value
+    assert len({free.layers[name].choice.base for name in names[:3]}) > 1
+
+
+def test_groups_with_a_layer_in_common_agree_together():
+    groups = [("a", "b"), ("c", "d"), ("e", "f"), ("b", "c")]
+    found = leaders(groups)
+    assert {found[name] for name in "abcd"} == {found["a"]}
+    assert found["e"] == found["f"] != found["a"]
+    assert leaders(groups[:3]) == {"a": "a", "b": "a", "c": "c", "d": "c", "e": "e", "f": "e"}
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def plan(
         list[str] | None, typer.Option("--format", help="Base besides, such as trellis2 or nf4; repeatable.")
     ] = None,
     shared: Annotated[bool, typer.Option(help="Try one right factor for q/k/v and for gate/up.")] = True,
-    fused: Annotated[bool, typer.Option("--fused", help="q/k/v and gate/up take one base.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="q/k/v, gate/up and all experts take one base.")] = False,
     keep_dense: Annotated[list[str] | None, typer.Option(help="Layer name pattern left dense; repeatable.")] = None,
     served_ranks: Annotated[bool, typer.Option("--served-ranks", help="Only ranks that serving stacks have.")] = False,
     probe: Annotated[str | None, typer.Option(help="Text, not that of --text: each layer is measured alone.")] = None,

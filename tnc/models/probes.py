@@ -1,8 +1,7 @@
 """Measured sensitivity: every layer compressed alone by one option, and its KL held against the prediction.
 
-What a layer costs over its prediction is much the same for all bases: 2.0 to 2.2 for the first key projection of
-tnc-llama-27m, 1.3 for a down projection, whether int2, int3 or a trellis. One probe a layer therefore corrects all its
-options; as weights of `tnc.planning.Rules` the probes make the objective of a plan the measured one.
+What a layer costs over its prediction is taken to be the same for all its options, so that one probe a layer corrects
+them all: as weights of `tnc.planning.Rules` the probes make the objective of a plan the measured one.
 """
 
 from __future__ import annotations

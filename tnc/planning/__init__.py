@@ -1,5 +1,6 @@
 """Planning: choosing every size of a whole model under one budget, with a certificate."""
 
+from tnc.planning.base import Base
 from tnc.planning.budget import (
     Budget,
     Bytes,
@@ -16,9 +17,11 @@ from tnc.planning.curves import ErrorCurve, LayerCurves, Option, measure_curves
 from tnc.planning.latency import LatencyTable, Timing
 from tnc.planning.plan import LayerPlan, Plan, edit, shortfalls
 from tnc.planning.pooled import Chosen, PooledBonds, PooledLayer, PooledPlan, pooled_ranks
-from tnc.planning.portfolio import Base, Choice, Portfolio
+from tnc.planning.portfolio import Choice, Portfolio
+from tnc.planning.problem import Problem
+from tnc.planning.rules import Clock, Rules
 from tnc.planning.shared_curves import input_groups, measure_groups, measure_layers
-from tnc.planning.solve import Clock, Problem, Rules, plan_curves, plan_of
+from tnc.planning.solve import plan_curves, plan_of
 
 __all__ = [
     "SERVED_RANKS", "AllowedBases", "AllowedRanks", "Base", "Budget", "Bytes", "Choice", "Chosen", "Clock",
