@@ -20,13 +20,14 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from tnc.kernels.mpo2 import BLOCK, rebuild_stages
 from tnc.kernels.qlr_tile_kernel import qlr_tile
 from tnc.kernels.rebuild_kernels import rebuild_mpo2
 from tnc.kernels.trellis_tile_kernel import trellis_tile
 
 
-def counted(kernel, fixed, one, warps, many={}, ones=()):
-    """Products of tensor cores in the machine code, and how many of them are empty."""
+def counted(kernel, fixed, one, warps, many={}, ones=(), stages=3):
+    """Products of tensor cores in the machine code, how many of them are empty, and bytes of shared memory."""
     names = kernel.arg_names
     kinds = {n: "constexpr" if n in fixed else (many[n],) * 3 if n in many else one.get(n, "i32") for n in names}
     aligned = [["tt.divisibility", 16]]
@@ -34,14 +35,16 @@ def counted(kernel, fixed, one, warps, many={}, ones=()):
     pointers += [(i, k) for i, n in enumerate(names) if many.get(n, "").startswith("*") for k in range(3)]
     values = {(names.index(n),): v for n, v in fixed.items()}
     source = ASTSource(kernel, kinds, values, {p: aligned for p in pointers})
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={
+        "num_warps": warps, "num_stages": stages, "launch_pdl": True,
+    })
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
         text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
     products = [line for line in text.splitlines() if re.search("H(G)?MMA", line)]
-    return len(products), sum("gdesc[URZ]" in line for line in products)
+    return len(products), sum("gdesc[URZ]" in line for line in products), made.metadata.shared
 
 
 def tall(columns, group, slots):
@@ -70,11 +73,12 @@ def trellis(bits, units, warps):
     return counted(trellis_tile, fixed, one, warps)
 
 
-def rebuilt(wide, high, warps):
-    """Two cores of bond 64, the first one held with its outputs nearest."""
-    fixed = dict(OS=1, OW=wide, IW=high, I2P=64, DB=64, DP=64, OB=4, F32=False, PDL=True)
+def rebuilt(wide, high, warps, bond, nearest):
+    """Two cores, the first one held with its outputs (OS) or its bond (DS) nearest."""
+    fixed = {nearest: 1} | dict(OW=wide, IW=high, I2P=64, DB=BLOCK, DP=bond, OB=4, F32=False, PDL=True)
     one = dict(first="*bf16", second="*bf16", weight="*bf16")
-    return counted(rebuild_mpo2, fixed, one, warps, ones=("O1", "I1", "O2", "I2", "D", "IS", "DS"))
+    ones = {"O1", "I1", "O2", "I2", "D", "OS", "IS", "DS"} - {nearest}
+    return counted(rebuild_mpo2, fixed, one, warps, ones=ones, stages=rebuild_stages(bond, 3))
 
 
 print(json.dumps([globals()[name](*sizes) for name, *sizes in json.loads(sys.argv[1])]))
@@ -85,7 +89,8 @@ TILES = [
     ("tall", 2048, 128, 3),
     ("trellis", 2, 2, 2),
     ("trellis", 3, 1, 1),
-    ("rebuilt", 16, 16, 8),
+    ("rebuilt", 16, 16, 8, 64, "OS"),
+    ("rebuilt", 16, 8, 4, 256, "DS"),  # took 296 kB of shared memory
 ]
 
 
@@ -95,5 +100,6 @@ def test_no_product_is_dropped(tmp_path):
     place |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(TILES)], capture_output=True, text=True, env=place)
     assert run.returncode == 0, run.stderr[-2000:]
-    for products, empty in json.loads(run.stdout):
+    for products, empty, shared in json.loads(run.stdout):
         assert products >= 8 and empty == 0
+        assert shared <= 232448, "what a program may have on Hopper"

@@ -19,6 +19,7 @@ from tnc.terms import Expression, Mpo
 
 FUSED = 8192  # tokens x bond up to which the fused kernel beats rebuilding (128 tokens at bond 64)
 MOST_MODE = 128
+BLOCK = 64  # of the bond, multiplied at a time when the matrix is rebuilt
 
 
 @on_its_device
@@ -61,10 +62,15 @@ def rebuild(first: Tensor, second: Tensor) -> Tensor:
     pdl = overlaps(first.device)
     rebuild_mpo2[(math.ceil(o1 / wide), math.ceil(o2 / config["outputs"]), math.ceil(i1 / high))](
         first, second.contiguous(), weight, o1, i1, o2, i2, bond, *first.stride()[1:], wide, high, tile_of(i2),
-        min(64, deep), deep, config["outputs"], INTERPRETED or first.dtype == torch.float32, pdl,
-        num_warps=config["warps"], num_stages=config["stages"], **early(pdl),
+        min(BLOCK, deep), deep, config["outputs"], INTERPRETED or first.dtype == torch.float32, pdl,
+        num_warps=config["warps"], num_stages=rebuild_stages(bond, config["stages"]), **early(pdl),
     )  # fmt: skip
     return weight
+
+
+def rebuild_stages(bond: int, stages: int) -> int:
+    """Stages for a bond: every block of a deeper one has buffers of its own, 296 kB in three stages at bond 208."""
+    return stages if bond <= BLOCK else 1
 
 
 def _dense(first: Tensor, second: Tensor) -> Tensor:
