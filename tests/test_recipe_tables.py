@@ -3,6 +3,8 @@
 import importlib
 from pathlib import Path
 
+from tnc import RECIPES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -22,3 +24,12 @@ def test_rows_of_the_same_recipe_bits_and_seed_are_replaced(monkeypatch, tmp_pat
     path = tmp_path / "rows" / "recipes.csv"
     kept.save(kept.add((), rows), path)
     assert kept.load(path) == [{**key, "seed": 0, "kl": 0.25}, {**key, "seed": 1, "kl": 0.125}]
+
+
+def test_every_recipe_that_quantizes_has_rows_at_every_width(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    rows = list(importlib.import_module("benchmarks.recipe_rows").rows([2, 3, 4]))
+    named = {name for name, entry in RECIPES.items() if "bits" in entry.options} | {"best_at_bits"}
+    assert {row.recipe.name for row in rows} == named
+    assert len(rows) == 3 * len(named)
+    assert {row.recipe.name for row in rows if row.needs_text} == {"gptaq", "yaqa_dense_target", "autoround_blocks"}
