@@ -35,9 +35,11 @@ _STEPS = (  # what it is, the recipe, the recipe without it
     ("rotation before two-sided rounding", "yaqa_rotated", "yaqa"),
     ("both", "yaqa_rotated_refined", "yaqa"),
     ("trellis for integers, rotated, in H alone", "qtip", "quip"),
-    ("two-sided rounding on that trellis", "yaqa_trellis", "qtip"),
+    ("trellis for refined integers, rotated, two-sided", "yaqa_trellis", "yaqa_rotated_refined"),
+    ("two-sided rounding on a trellis", "yaqa_trellis", "qtip"),
     ("4-bit factors beside that", "yaqa_trellis_lr", "yaqa_trellis"),
-    ("all together", "yaqa_trellis_lr", "gptq"),
+    ("more states of the trellis", "best_at_bits", "yaqa_trellis_lr"),
+    ("all together", "best_at_bits", "gptq"),
 )
 
 
@@ -61,10 +63,10 @@ def steps(rows: Sequence[Found]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for what, name, before in _STEPS:
         here, there = zip(*(_paired(_of(rows, name, bits), _of(rows, before, bits)) for bits in _BITS), strict=True)
-        if all(here):
-            change = " / ".join(
-                f"{100 * (_mean(a, 'kl') / _mean(b, 'kl') - 1):+.0f} %" for a, b in zip(here, there, strict=True)
-            )
+        if any(here):
+            pairs = zip(here, there, strict=True)
+            changes = (f"{100 * (_mean(a, 'kl') / _mean(b, 'kl') - 1):+.0f} %" if a else "–" for a, b in pairs)
+            change = " / ".join(changes)
             cells = " | ".join((*(_three(e, "kl", 4) for e in (here, there)), change,
                                 *(_three(e, "delta_nats", 4) for e in (here, there))))  # fmt: skip
             yield f"| {what} | `{name}` | `{before}` | {_three(here, 'bits_per_weight', 2)} | {cells} |"
@@ -131,7 +133,7 @@ def _cell(rows: Sequence[Found], key: str, digits: int = 4) -> str:
 
 
 def _three(widths: Sequence[Sequence[Found]], key: str, digits: int) -> str:
-    return " / ".join(f"{_mean(each, key):.{digits}f}" for each in widths)
+    return " / ".join(f"{_mean(each, key):.{digits}f}" if each else "–" for each in widths)
 
 
 def main() -> None:
