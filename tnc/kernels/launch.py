@@ -46,25 +46,29 @@ class Counters:
     """Zeroed int32 counters of one device; every kernel leaves them at zero.
 
     Kernels that run one after another on a stream share counters. A launch that is captured into a graph gets
-    its own for good, because graphs may be replayed side by side.
+    its own for good, because graphs may be replayed side by side: out of an arena, for a capture cannot allocate any
+    that stay zero. Launches between captures take another arena where the last is half used.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._streams: dict[int, Tensor] = {}
-        self._arena = torch.zeros(_ARENA if device.type == "cuda" else 0, dtype=torch.int32, device=device)
-        self._used = 0
+        self._arenas = [self._new_arena()] if device.type == "cuda" else []  # graphs hold places in all of them
+        self._used = 0  # of the last
 
     def take(self, count: int) -> Tensor:
         """``count`` counters for one launch on the current stream.
 
         Raises:
-            BackendError: if the arena for captured launches is used up.
+            BackendError: if captured launches use up an arena with no other launch between them.
         """
         if self._device.type != "cuda":
             return torch.zeros(count, dtype=torch.int32)
         if torch.cuda.is_current_stream_capturing():
             return self._from_arena(count)
+        if self._used > _ARENA // 2:
+            self._arenas.append(self._new_arena())
+            self._used = 0
         stream = torch.cuda.current_stream(self._device).cuda_stream
         held = self._streams.get(stream)
         if held is None or held.numel() < count:
@@ -75,10 +79,14 @@ class Counters:
         start, self._used = self._used, self._used + 32 * math.ceil(count / 32)
         if self._used > _ARENA:
             raise BackendError(
-                f"CUDA graphs captured on {self._device} took all {_ARENA} counters that fused kernels set aside; "
-                'capture fewer launches in one process, or use backend="einsum" for some layers.'
+                f"CUDA graphs captured on {self._device} took all {_ARENA} counters that fused kernels set aside; run "
+                "the model once outside of a capture before the next one, as CUDA graphs want it anyway, or capture "
+                "fewer launches in one graph."
             )
-        return self._arena[start : start + count]
+        return self._arenas[-1][start : start + count]
+
+    def _new_arena(self) -> Tensor:
+        return torch.zeros(_ARENA, dtype=torch.int32, device=self._device)
 
 
 @lru_cache(maxsize=64)
