@@ -9,7 +9,7 @@ import torch
 from test_compress import batches, tiny_llama
 
 import tnc
-from tnc.decompose import DenseStage, QuantizeStage
+from tnc.decompose import DenseStage, MpoStage, QuantizeStage
 from tnc.errors import BudgetError, ModelError, StatsError
 from tnc.formats import IntFormat
 from tnc.models.layer_scores import scores_alone
@@ -25,6 +25,7 @@ from tnc.planning import (
     Rules,
     edit,
     plan_curves,
+    plan_of,
     shortfalls,
 )
 
@@ -92,6 +93,28 @@ def test_bits_of_shared_right_factors_are_those_of_the_file(calibrated, factors,
     assert files == total // 8 + curves.other_bytes
     edited.save(tmp_path / "plan.json")
     assert tnc.Plan.load(tmp_path / "plan.json").layers == edited.layers
+
+
+def test_matrix_product_operators_are_bases_as_well(calibrated, tmp_path):
+    """What their curves say is what is made, also with low rank beside them; the plan's file brings them back."""
+    model, stats, _ = calibrated
+    bases = {"dense": PORTFOLIO.bases["dense"], "mpo-4": Base(MpoStage(4)), "mpo-8": Base(MpoStage(8, sweeps=1)),
+             "mpo-4-int4": Base(MpoStage(4, cores=3, core_format=IntFormat(4)), compensated=False)}  # fmt: skip
+    portfolio = replace(PORTFOLIO, bases=bases)
+    curves = tnc.error_curves(model, stats, portfolio, include=["*.0.self_attn.*"], dtype=torch.bfloat16)
+    name, layer = next(iter(curves.layers.items()))
+    assert {option.choice.base for option in layer.options} == set(bases)
+    path = tmp_path / "plan.json"
+    for base, rank in (("mpo-4", 0), ("mpo-4", 4), ("mpo-8", 0), ("mpo-4-int4", 0)):
+        plan_of(curves, {n: Choice(base, rank) for n in curves.layers}).save(path)
+        plan = tnc.Plan.load(path)
+        assert plan.portfolio == portfolio
+        report = tnc.ModelReport.of(compressed(model, stats, plan)).layers[name]
+        assert report["storage_bits"] == plan.layers[name].bits
+        assert report["predicted_nats"] == pytest.approx(plan.layers[name].nats, rel=1e-4)
+    for stage in (MpoStage(tnc.RelativeError(0.1)), MpoStage(4, out_modes=(4, 8), in_modes=(4, 8))):
+        with pytest.raises(BudgetError, match="MpoStage of one bond dimension, balanced modes"):
+            tnc.error_curves(model, stats, replace(portfolio, bases={"mpo": Base(stage)}))
 
 
 def test_bytes_budget_is_met_on_disk(calibrated, tmp_path):

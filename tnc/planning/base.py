@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tnc.decompose import DenseStage, InputRotation, OutputRotation, QuantizeStage, Stage, Transform
+from tnc.decompose import DenseStage, InputRotation, MpoStage, OutputRotation, QuantizeStage, Stage, Transform
 from tnc.errors import BudgetError, TNCError
 from tnc.formats import NumberFormat, TrellisFormat, format_from_spec, number_format
 
@@ -59,10 +59,24 @@ def base_to_json(name: str, base: Base) -> dict[str, Any]:
             "options": dict(stage.options), "clip_ratios": list(stage.clip_ratios), "damping": stage.damping,
             "refine": stage.refine, **shared,
         }  # fmt: skip
+    if isinstance(stage, MpoStage) and stage == _plain_mpo(stage):
+        format = stage.core_format if isinstance(stage.core_format, NumberFormat) else None
+        return {
+            "stage": "mpo", "rank": stage.rank, "cores": stage.cores, "sweeps": stage.sweeps,
+            "format": format_to_json(format), "method": stage.core_method, **shared,
+        }  # fmt: skip
     raise BudgetError(
-        f"base {name!r} is a {type(stage).__name__}, which a plan file cannot describe; expected None, DenseStage() or "
-        "a QuantizeStage."
+        f"base {name!r} is a {type(stage).__name__}, which a plan file cannot describe; expected None, DenseStage(), a "
+        "QuantizeStage, or an MpoStage of one bond dimension, balanced modes and at most one core format."
     )
+
+
+def _plain_mpo(stage: MpoStage) -> MpoStage | None:
+    """What a file says of a matrix product operator; ``None`` where that is not all of it."""
+    if not isinstance(stage.rank, int) or not isinstance(stage.core_format, NumberFormat | None):
+        return None
+    return MpoStage(stage.rank, stage.cores, sweeps=stage.sweeps, core_format=stage.core_format,
+                    core_method=stage.core_method)  # fmt: skip
 
 
 def base_from_json(name: str, fields: Mapping[str, Any]) -> Base:
@@ -82,7 +96,12 @@ def base_from_json(name: str, fields: Mapping[str, Any]) -> Base:
         if "clip_ratios" in fields:
             given["clip_ratios"] = tuple(fields["clip_ratios"])
         return Base(QuantizeStage(format, **given), *shared)
-    raise BudgetError(f"base {name!r} has the stage {kind!r}; this version of tnc knows none, dense and quantize.")
+    if kind == "mpo":
+        format = format_from_json(name, fields["format"])
+        sizes = int(fields["rank"]), int(fields["cores"])
+        return Base(MpoStage(*sizes, sweeps=int(fields["sweeps"]), core_format=format, core_method=fields["method"]),
+                    *shared)  # fmt: skip
+    raise BudgetError(f"base {name!r} has the stage {kind!r}; this version of tnc knows none, dense, quantize and mpo.")
 
 
 def _transform_to_json(name: str, transform: Transform) -> dict[str, Any]:

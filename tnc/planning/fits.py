@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tnc.decompose import Target
 from tnc.decompose.transforms import Transform
-from tnc.errors import FormatError, check_matrix
+from tnc.errors import FormatError, RankError, check_matrix
 from tnc.planning.portfolio import Choice, Portfolio
 from tnc.planning.ruler import Ruler
 from tnc.stats import LayerStats
@@ -103,6 +103,6 @@ def fit_bases(
         (stage,) = portfolio.stages(Choice(name), dtype)
         try:
             bases[name] = FittedBase(stage.fit(Target(ruler.weight, ruler.source, ruler.stats, 0)).term, ruler)
-        except FormatError as error:
+        except (FormatError, RankError) as error:
             notes.append(f"{name} left out: {error}")
     return LayerFits(weight, stats, portfolio, dtype or weight.dtype, bases, tuple(notes))

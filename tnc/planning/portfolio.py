@@ -16,6 +16,7 @@ from tnc.decompose import (
     DenseStage,
     FactorFormats,
     LowRankStage,
+    MpoStage,
     QuantizeStage,
     Recipe,
     Stage,
@@ -156,7 +157,7 @@ class Portfolio:
         """
         self.check(choice)
         stage = self.bases[choice.base].stage
-        if isinstance(stage, DenseStage) and stage.dtype is None:
+        if isinstance(stage, DenseStage | MpoStage) and stage.dtype is None:
             stage = replace(stage, dtype=dtype)
         stages: tuple[Stage, ...] = () if stage is None else (stage,)
         if choice.rank or not stages:
