@@ -96,6 +96,9 @@ def test_probes_are_kept_and_stale_ones_refused(measured, tmp_path):
     for changed in ({"windows": windows[:2]}, {"windows": windows, "bits": 4.0}):
         with pytest.raises(BudgetError, match="are stale: they were measured with other curves"):
             probe_layers(model, stats, curves, cache=cache, **changed)
+    assert [each.name for each in tmp_path.iterdir()] == [cache.name]
+    with pytest.raises(BudgetError, match="could not be written"):
+        probe_layers(model, stats, curves, windows, cache=tmp_path / "absent" / "probes.json")
     cache.write_text("{}")
     with pytest.raises(BudgetError, match="are damaged"):
         probe_layers(model, stats, curves, windows, cache=cache)

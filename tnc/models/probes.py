@@ -66,7 +66,7 @@ def probe_layers(
 
     Raises:
         BudgetError: if a layer has no option without low rank but dense, or the cache is of other curves, windows or
-            ``bits``.
+            ``bits`` or cannot be written.
         ModelError, StatsError, TextError: as `tnc.compress` and `tnc.evaluate`.
 
     Cost: one compression, and a pass over the windows for each layer.
@@ -78,8 +78,18 @@ def probe_layers(
     small = compress(model, plan, stats=stats, dtype=dtype, progress=progress)
     scores = scores_alone(model, small, [(name,) for name in plan.layers], texts, progress=progress)
     if cache is not None:
-        cache.write_text(json.dumps({"asked": asked, "kl": dict(zip(plan.layers, scores, strict=True))}) + "\n")
+        _write(cache, {"asked": asked, "kl": dict(zip(plan.layers, scores, strict=True))})
     return _probes(plan, scores)
+
+
+def _write(cache: Path, found: Mapping[str, object]) -> None:
+    """Whole or not at all: the scores took a pass over the text for each layer."""
+    partial = cache.with_name(f"{cache.name}.partial")
+    try:
+        partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        partial.replace(cache)
+    except OSError as error:
+        raise BudgetError(f"probes could not be written to {cache}: {error}. Name a place that exists.") from error
 
 
 def _probes(plan: Plan, scores: Sequence[float]) -> dict[str, Probe]:
